@@ -86,8 +86,9 @@ class Flags:
 
 
 # What the starter run does differently from the flags' own defaults; a flag given on the command line wins.
-STARTER = dict(task="arithmetic", max_steps=30, examples_per_step=32, max_new_tokens=8, device_batch_size=128,
-               init_lr_frac=0.05, eval_every=10, save_every=30)
+STARTER = dict(task="arithmetic", max_steps=80, examples_per_step=512, num_samples=4, max_new_tokens=8,
+               rollout_batch_size=2048, device_batch_size=32, embedding_lr=1.0, unembedding_lr=0.2, matrix_lr=0.25,
+               eval_every=20, save_every=20)
 
 # Flags that may change between a run and its resumption: they do not change what is computed, beyond rounding.
 FREE_FLAGS = ("run", "device_type", "dtype", "model_tag", "model_step", "data", "rollout_batch_size", "save_every", "keep_last",
@@ -246,9 +247,12 @@ def progress_bar(total: int, title: str, unit: str) -> tqdm:
 # Tasks: questions, reference answers and a reward
 
 
+NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?!\.?\d)", re.ASCII)
+
+
 def leading_number(text: str) -> Decimal | None:
     """The number that a text begins with: '$1,000.' and '1000.0 apples' give 1000; None where it begins otherwise."""
-    found = re.match(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?!\.?\d)", text.replace(",", "").replace("$", ""), re.ASCII)
+    found = NUMBER.match(text.replace(",", "").replace("$", ""))
     return Decimal(found[1]) if found else None
 
 
@@ -277,7 +281,7 @@ class Arithmetic:
     def __init__(self, flags: Flags):
         pairs = list(itertools.combinations_with_replacement(range(100), 2))
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out, rest = [pairs[i] for i in order[:1000]], [pairs[i] for i in order[1000:]]
+        held_out, rest = [pairs[i] for i in order[:400]], [pairs[i] for i in order[400:]]
         self.test = [self.example(a, b) for a, b in held_out]
         self.train = [self.example(a, b) for a, b in sorted({*rest, *((b, a) for a, b in rest)})]
 
@@ -285,7 +289,7 @@ class Arithmetic:
         return {"question": f"What is {a} + {b}?", "answer": str(a + b)}
 
     def reward(self, example: dict, text: str) -> float:
-        return float(leading_number(text) == int(example["answer"]))
+        return float(text == example["answer"])
 
 
 TASKS = {"gsm8k": GSM8K, "arithmetic": Arithmetic}
@@ -573,34 +577,39 @@ def sparkline(values: list[float], width: int = 60) -> str:
 # The starter: a model for those who have none
 
 
-def make_starter(folder: Path, tokenizer: Tokenizer) -> None:
-    """Teaches a tiny GPT to add, most of the time, and saves it as an SFT checkpoint. Supervised learning is the update
-    above on one right answer per question, with advantage 1 and the whole softmax for a policy."""
-    flags = Flags(top_k=0, device_batch_size=256)
-    config = gpt.Config(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
-    model = GPT(config).init_weights(seed=0)
-    questions, steps, size = Arithmetic(flags).train, 250, 256
-    optimizers, gradient = gpt.make_optimizers(model), gradient_buffer(model)
-    order = torch.randint(len(questions), (steps, size), generator=torch.Generator().manual_seed(0)).tolist()
-    for step in tqdm(range(steps), desc="starter", unit="step", leave=False, disable=None):
-        groups = []
-        for example in (questions[i] for i in order[step]):
-            tokens = [*tokenizer.encode(example["answer"]), tokenizer.assistant_end]
-            answer = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
-            groups.append(Group(example, tokenizer.render(example["question"]), [answer], [1.0], [1.0]))
-        gradient.zero_()
-        backward(model, groups, sum(len(g.completions[0].tokens) for g in groups), flags)
-        set_rates(optimizers, 1 - step / steps)
-        for optimizer in optimizers:
-            optimizer.step()
-    gpt.save_checkpoint(folder, steps, model, tokenizer, {"model_config": asdict(config)})
-
-
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and nanochat's special ones."""
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(Tokenizer.SPECIAL)}
     return Tokenizer(gpt.tiktoken.Encoding("bytes", pat_str="(?s:.)", special_tokens=special,
                                            mergeable_ranks={bytes([i]): i for i in range(256)}))
+
+
+def teach(model: GPT, tokenizer: Tokenizer, task: Any, steps: int, size: int) -> None:
+    """Supervised learning of a task's reference answers, `size` questions a step. It is the update of RL, with one right
+    answer per question, its advantage 1 and the whole softmax for a policy. The rates stay as high as they are, so that
+    the model stops short of what it could do."""
+    flags = Flags(top_k=0, device_batch_size=size)
+    optimizers, gradient = gpt.make_optimizers(model), gradient_buffer(model)
+    order = torch.randint(len(task.train), (steps, size), generator=torch.Generator().manual_seed(0)).tolist()
+    for step in tqdm(range(steps), desc="starter", unit="step", leave=False, disable=None):
+        groups = []
+        for example in (task.train[i] for i in order[step]):
+            tokens = [*tokenizer.encode(example["answer"]), tokenizer.assistant_end]
+            answer = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
+            groups.append(Group(example, tokenizer.render(example["question"]), [answer], [1.0], [1.0]))
+        gradient.zero_()
+        backward(model, groups, sum(len(g.completions[0].tokens) for g in groups), flags)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def make_starter(folder: Path, flags: Flags) -> None:
+    """Makes a tiny GPT, teaches it to add most of the time, and saves it as an SFT checkpoint."""
+    tokenizer = byte_tokenizer()
+    config = gpt.Config(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
+    model = GPT(config).init_weights(seed=0)
+    teach(model, tokenizer, Arithmetic(flags), steps=170, size=128)
+    gpt.save_checkpoint(folder, 170, model, tokenizer, {"model_config": asdict(config)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -675,7 +684,7 @@ def prepare(given: dict, ranks: Ranks) -> Run:
     task = TASKS[flags.task](flags)
     if not source.exists() and not resumed:
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one")
-        make_starter(source, byte_tokenizer())
+        make_starter(source, flags)
     model, tokenizer, meta, training = resumed or (
         *gpt.load_checkpoint(source, flags.model_step, ranks.device, getattr(torch, dtype)), None)
     keep_short(task, tokenizer, model.config.sequence_len - flags.max_new_tokens)

@@ -1,0 +1,90 @@
+"""What the tests share: tiny real checkpoints, and real processes to run them in."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+import chat_rl  # noqa: E402
+import gpt  # noqa: E402
+
+# Flags that make a run on the `adder` checkpoint small, quick and not degenerate.
+SMALL = ["--model-tag=adder", "--task=arithmetic", "--max-new-tokens=6", "--num-samples=8", "--examples-per-step=8",
+         "--eval-examples=8", "--max-steps=3", "--init-lr-frac=0.02"]
+
+
+def tiny_model(generation: str = "current", seed: int = 0, vocab_size: int = 265) -> gpt.GPT:
+    """A random model with every part in use: grouped heads, a window shorter than the test's sequences,
+    all scalars off zero."""
+    config = gpt.Config(sequence_len=48, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
+    model = gpt.GPT(config, generation).init_weights(seed)
+    model.windows[0] = 16
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "c_proj" in name or p.ndim == 1 or "gate" in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+            elif "lm_head" in name:
+                p.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> gpt.Tokenizer:
+    return chat_rl.byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def adder_base(tmp_path_factory) -> Path:
+    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn. Do not write
+    into it: take `base`."""
+    base, tokenizer = tmp_path_factory.mktemp("adder"), chat_rl.byte_tokenizer()
+    config = gpt.Config(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    model = gpt.GPT(config).init_weights(seed=0)
+    chat_rl.teach(model, tokenizer, chat_rl.Arithmetic(chat_rl.Flags()), steps=150, size=64)
+    gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": asdict(config)})
+    return base
+
+
+@pytest.fixture
+def base(adder_base, tmp_path) -> Path:
+    """A base folder of the test's own, with the checkpoint `adder` in it."""
+    return Path(shutil.copytree(adder_base, tmp_path / "base"))
+
+
+def environment(base: Path, **more: str) -> dict:
+    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def command(*flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py") -> list[str]:
+    """The command line of a run; under torchrun where ranks are given."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"] if ranks else []
+    return [sys.executable, *torchrun, str(script), *map(str, flags)]
+
+
+def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py", status: int | None = 0,
+        **more: str) -> subprocess.CompletedProcess:
+    """Runs chat_rl.py to its end and checks the exit status (None: any)."""
+    done = subprocess.run(command(*flags, ranks=ranks, script=script), env=environment(base, **more), cwd=base,
+                          capture_output=True, text=True, timeout=300)
+    assert status is None or done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def metrics(base: Path, tag: str = "adder") -> list[dict]:
+    path = base / "chatrl_checkpoints" / tag / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(base: Path, step: int, tag: str = "adder") -> dict[str, torch.Tensor]:
+    return torch.load(base / "chatrl_checkpoints" / tag / f"model_{step:06d}.pt", weights_only=True)

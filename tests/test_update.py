@@ -1,0 +1,322 @@
+"""chat_rl.py's update: its gradient against a plain one, in any batch and on any number of ranks; rewards and advantages."""
+import itertools
+import math
+import os
+import shutil
+import statistics
+from copy import deepcopy
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, metrics, run, tiny_model, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_run import main, untimed
+
+import chat_rl
+import gpt
+from chat_rl import Flags, Group
+from gpt import Completion
+
+QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you say what it is, sixty tokens or so.", "3 + 4",
+             "1 + 1 = ", "Twenty-two characters."]
+REWARDS = [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.5, 0.5], [1.0] * 5, [0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 4 + [0.3]]
+fuzz = settings(deadline=None, derandomize=True, max_examples=300)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradient
+
+
+def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, flags: Flags) -> list[Group]:
+    """Groups with prompts of different lengths, one of them without anything to learn, one with a row of advantage 0;
+    completions with forced tokens, with and without a stop token, and of a single token."""
+    prompts = [tokenizer.render(question) for question in QUESTIONS]
+    completions = gpt.generate(model, tokenizer, prompts, 5, 12, flags.temperature, flags.top_k)
+    groups = [Group({}, prompt, group, rewards, chat_rl.advantages_of(rewards))
+              for prompt, group, rewards in zip(prompts, completions, REWARDS)]
+    one, two, three, four, _ = groups[0].completions
+    one.tokens[3:6], one.mask[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], [False] * 3, [0.0] * 3
+    two.tokens[-2:], two.mask[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], [False] * 2, [0.0] * 2
+    three.tokens[1:], three.mask[1:], three.logprobs[1:] = [], [], []
+    four.tokens[:], four.mask[:], four.logprobs[:] = [tokenizer.assistant_end], [True], [-1.0]
+    for c in groups[1].completions[:3]:
+        c.tokens[-1:], c.mask[-1:] = [tokenizer.assistant_end], [True]
+    return groups
+
+
+def sampled_tokens(groups: list[Group]) -> int:
+    return sum(sum(c.mask) for group in groups for c in group.completions)
+
+
+def gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
+    """The project's gradient, of all parameters, as one vector."""
+    buffer = chat_rl.gradient_buffer(model)
+    chat_rl.backward(model, groups, sampled_tokens(groups), flags)
+    return buffer
+
+
+def plain_gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
+    """The same written out: every row run separately, whole, in float64, with no cache and nothing left out."""
+    model, loss = deepcopy(model).double(), 0.0
+    model.dtype = torch.float64
+    model.make_rope("cpu")
+    for group in groups:
+        for c, reward in zip(group.completions, group.rewards):
+            advantage, first = reward - sum(group.rewards) / len(group.rewards), len(group.prompt) - 1
+            raw = model.lm_head(model(torch.tensor([group.prompt + c.tokens])))[0, first:, :model.config.vocab_size]
+            for row, token, mask in zip(15 * torch.tanh(raw / 15) / flags.temperature, c.tokens, c.mask):
+                kept = row.argsort(descending=True)[:flags.top_k or None].tolist()
+                if token not in kept:              # pushed out by rounding: counts as the last inside
+                    kept[-1] = token
+                if mask:
+                    loss -= advantage * (row[token] - row[kept].logsumexp(dim=-1))
+    (loss / sampled_tokens(groups)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of two vectors, relative to their length."""
+    return float((x.double() - y.double()).norm() / y.double().norm())
+
+
+@pytest.mark.parametrize("generation, temperature, top_k", [
+    *((generation, 1.0, 50) for generation in gpt.GENERATIONS), ("current", 0.7, 5), ("current", 1.0, 0)])
+def test_gradient_is_the_plain_one(tokenizer, generation, temperature, top_k):
+    """For device batch sizes 1, 3, 8 and 100 the gradient is that of every row run alone, to float32's rounding."""
+    model, flags = tiny_model(generation), Flags(temperature=temperature, top_k=top_k)
+    groups = some_groups(model, tokenizer, flags)
+    plain = plain_gradient(model, groups, flags)
+    for size in (1, 3, 8, 100):
+        flags.device_batch_size = size
+        mine = gradient(model, groups, flags)
+        assert distance(mine, plain) < 5e-6
+        parts = mine.split([p.numel() for p in model.parameters()]), plain.split([p.numel() for p in model.parameters()])
+        for (name, _), x, y in zip(model.named_parameters(), *parts):
+            assert y.norm() > 0 and distance(x, y) < 1e-4, name
+
+
+def test_gradient_adds_up_over_ranks(tokenizer):
+    """The gradients of two halves of the groups, each over the tokens of the whole step, add up to the step's."""
+    model, flags = tiny_model(), Flags()
+    groups = some_groups(model, tokenizer, flags)
+    whole, num_tokens = gradient(model, groups, flags), sampled_tokens(groups)
+    halves = chat_rl.gradient_buffer(model)
+    for rank in range(2):
+        chat_rl.backward(model, groups[rank::2], num_tokens, flags)
+    assert distance(halves, whole) < 1e-6
+
+
+def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
+    """The stop token is in the loss; a forced token is read by those after it, but its own logprob is not in the loss."""
+    model, flags = tiny_model(), Flags()
+    groups = some_groups(model, tokenizer, flags)
+    whole = gradient(model, groups, flags)
+    cleared, learned, reread = deepcopy(groups), deepcopy(groups), deepcopy(groups)
+    stops = [c for group in cleared[:2] for c in group.completions if c.tokens[-1] == tokenizer.assistant_end]
+    for c in stops:
+        c.mask[-1] = False
+    assert len(stops) >= 4
+    learned[0].completions[0].mask[3] = True
+    reread[0].completions[0].tokens[4] = 57
+    unread = deepcopy(groups)
+    unread[0].completions[1].tokens[-1] = 57                                   # forced, and the last: nothing reads it
+    for other in (cleared, learned, reread):
+        mine = gradient(model, other, flags)
+        assert distance(mine, plain_gradient(model, other, flags)) < 5e-6
+        assert distance(mine, whole) > 1e-2
+    assert torch.equal(gradient(model, unread, flags), whole)
+
+
+def test_nothing_is_computed_twice_or_in_vain(tokenizer):
+    """Each question that has something to learn runs once, whatever the batch; answers without advantage do not run; the
+    unembedding sees the sampled tokens' rows alone."""
+    model = tiny_model()
+    groups = some_groups(model, tokenizer, Flags())
+    learned = [(group.prompt, c) for group in groups for c, a in zip(group.completions, group.advantages) if a]
+    assert [sum(any(c is own for _, c in learned) for own in group.completions) for group in groups] == [5, 2, 0, 5, 5]
+    prefilled, answered, unembedded = [], [], []
+
+    def note(model, args):
+        ids, cache = args
+        (prefilled if cache.prefix is None else answered).extend(ids.tolist())
+
+    model.register_forward_pre_hook(note)
+    model.lm_head.register_forward_pre_hook(lambda head, args: unembedded.append(args[0].numel() // args[0].size(-1)))
+    for size in (1, 2, 3, 8, 100):
+        for seen in (prefilled, answered, unembedded):
+            seen.clear()
+        _, count = chat_rl.backward(model, groups, 100, Flags(device_batch_size=size))
+        whole = [group.prompt for group in groups if any(group.advantages)]
+        assert sorted(row[:len(prompt)] for row, prompt in zip(prefilled, whole, strict=True)) == sorted(whole)
+        assert len(answered) == len(learned)
+        for row, tokens in zip(sorted(answered), sorted(c.tokens[:-1] + [0] * 11 for _, c in learned)):
+            assert row == tokens[:len(row)] and len(row) <= 11
+        assert sum(unembedded) == count == sum(sum(c.mask) for _, c in learned)
+    prefilled.clear()
+    assert chat_rl.backward(model, [groups[2]], 10, Flags()) == (0.0, 0) and prefilled == []
+
+
+def test_gap_is_measured(tokenizer):
+    """backward returns the sum of |sampler − trainer| logprob over the sampled tokens that it learned from, and their number."""
+    model, flags = tiny_model(), Flags(temperature=0.8, top_k=20)
+    groups = [Group({}, tokenizer.render(question), [], [], [1.0, -1.0]) for question in QUESTIONS]
+    for group, completions in zip(groups, gpt.generate(model, tokenizer, [g.prompt for g in groups], 2, 12, 0.8, 20)):
+        group.completions = completions
+    gap, count = chat_rl.backward(model, groups, 100, flags)
+    assert count == sampled_tokens(groups) and gap / count < 1e-5
+    groups[0].completions[0].logprobs[0] += 0.5
+    assert chat_rl.backward(model, groups, 100, flags)[0] == pytest.approx(0.5, abs=1e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step of a real run
+
+STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=7"]
+SEVERAL = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import torch
+import chat_rl
+torch.set_num_threads(1)
+for size in (1, 3, 8):
+    assert chat_rl.main([*sys.argv[1:], f"--model-tag=ranks2-{size}", f"--device-batch-size={size}"]) == 0
+    chat_rl.dist.init_process_group = lambda *args, **more: None        # the process group stays
+"""
+
+
+def step_gradient(base: Path, tag: str) -> torch.Tensor:
+    """The gradient of a run's first step: both optimizers' momentum holds it, times 1 − β."""
+    adamw, muon = torch.load(base / "chatrl_checkpoints" / tag / "optim_000001.pt", weights_only=True)["optimizers"]
+    betas = {i: group["betas"][0] for group in adamw["param_groups"] for i in group["params"]}
+    return torch.cat([*((state["exp_avg"] / (1 - betas[i])).flatten() for i, state in adamw["state"].items()),
+                      *((state["average"] / 0.05).flatten() for state in muon["state"].values())])
+
+
+def test_step_on_ranks_and_batches(base):
+    """One step on 1 and 2 ranks, with device batch sizes 1, 3 and 8, is the same: gradient, weights and metrics."""
+    folder, tags = base / "chatsft_checkpoints", [f"ranks{ranks}-{size}" for ranks in (1, 2) for size in (1, 3, 8)]
+    for tag in tags:
+        shutil.copytree(folder / "adder", folder / tag)
+    script = base / "several.py"
+    script.write_text(SEVERAL)
+    run(base, *STEP, ranks=2, script=script, ROOT=str(ROOT))
+    for size in (1, 3, 8):
+        assert main(base, *STEP, f"--model-tag=ranks1-{size}", f"--device-batch-size={size}") == 0
+    start = torch.load(folder / "adder" / "model_000150.pt", weights_only=True)
+    whole, (_, step, _) = step_gradient(base, tags[0]), metrics(base, tags[0])
+    assert step["grad_norm"] > 0 and step["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
+    assert 0 < step["reward"] and step["all_right"] + step["all_wrong"] < 0.9 and step["lrm"] == 1
+    changes = [torch.cat([(x - start[key]).flatten() for key, x in weights(base, 1, tag).items()]) for tag in tags]
+    for tag, change in zip(tags, changes):
+        assert distance(step_gradient(base, tag), whole) < 2e-6
+        # Adam's first step is the gradient's sign: a few elements that are nothing but rounding go the other way
+        assert distance(change, changes[0]) < 0.02
+        before, mine, after = metrics(base, tag)
+        assert mine.keys() == step.keys() and mine["sampler_gap"] < 1e-5
+        assert untimed(mine) == pytest.approx(untimed(step), rel=1e-5, abs=1e-5)
+        other, _, final = metrics(base, "ranks1" + tag[6:])
+        assert before == other and after == final
+
+
+def test_nothing_to_learn_makes_no_step(base):
+    """Where all rewards agree no optimizer moves, not even on momentum; the schedule goes on."""
+    folder, tokenizer = base / "chatsft_checkpoints" / "fool", chat_rl.byte_tokenizer()
+    model = tiny_model()                            # says nothing that is a number
+    gpt.save_checkpoint(folder, 3, model, tokenizer, {"model_config": vars(model.config)})
+    assert main(base, *SMALL, "--model-tag=fool", "--weight-decay=0.1") == 0
+    steps = [line for line in metrics(base, "fool") if "reward" in line]
+    assert [line["lrm"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3])
+    for line in steps:
+        assert (line["reward"], line["all_wrong"], line["grad_norm"], line["sampler_gap"]) == (0, 1, 0, 0)
+    after = weights(base, 3, "fool")
+    assert all(torch.equal(after[key], tensor) for key, tensor in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards, advantages, estimates
+
+
+@pytest.mark.parametrize("rewards, advantages", [
+    ([1.0, 0.0], [0.5, -0.5]), ([1.0, 0.0, 0.0, 0.0], [0.75, -0.25, -0.25, -0.25]), ([1.0, 1.0], [0.0, 0.0]),
+    ([0.1] * 3, [0.0] * 3), ([0.7] * 10, [0.0] * 10), ([0.0, 0.5, 1.0], [-0.5, 0.0, 0.5])])
+def test_advantages(rewards, advantages):
+    """Reward minus the group's mean, exactly zero where all agree, not divided by the deviation."""
+    mine = chat_rl.advantages_of(rewards)
+    assert mine == pytest.approx(advantages) and [x == 0 for x in mine] == [x == 0 for x in advantages]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets(n):
+    """The share of all subsets of k samples that hold a right one, counted."""
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
+            assert chat_rl.pass_at_k(n, right, k) == pytest.approx(statistics.mean(map(any, subsets)))
+
+
+def test_mean_and_error():
+    """The standard error is the sample deviation over √n; a single value has none."""
+    assert chat_rl.mean_and_error([1.0, 0.0, 0.0, 1.0]) == pytest.approx((0.5, math.sqrt(1 / 3) / 2))
+    assert chat_rl.mean_and_error([0.25]) == (0.25, 0.0)
+
+
+@pytest.mark.parametrize("text, number", [
+    ("#### 1000", "1000"), ("#### 1,000", "1000"), ("#### 1000.0", "1000"), ("####1000", "1000"), ("#### $5", "5"), ("#### 5.", "5"),
+    ("#### 5.\n", "5"), ("#### -3", "-3"), ("#### +3", "3"), ("#### $1,234.50", "1234.5"), ("#### .5", "0.5"), ("#### 007", "7"),
+    ("#### 1 #### 2", "2"), ("#### 3\n#### 4", "4"), ("so 7\n\n####  8", "8"), ("#### 12345678901234567890123456789012",
+                                                                               "12345678901234567890123456789012"),
+    ("", None), ("####", None), ("#### ", None), ("5", None), ("### 5", None), ("#### five", None), ("#### 1.2.3", None),
+    ("#### 5 #### ", None), ("#### .", None), ("#### -", None), ("#### $", None), ("#### --5", None), ("#### ٥", None)])
+def test_final_number(text, number):
+    """The number after the last ####, commas, a leading $ and a trailing full stop aside; None where there is none."""
+    task = object.__new__(chat_rl.GSM8K)
+    assert task.final_number(text) == (None if number is None else Decimal(number))
+    for reference, right in ((f"#### {number}", number is not None), (f"#### {number}.0", number is not None and "." not in number),
+                             ("#### 99", False)):
+        assert "None" in reference or task.reward({"answer": reference}, text) == float(right)
+
+
+@fuzz
+@given(st.one_of(st.text(), st.text("#0123456789.,$+-eE_ \n٥½"), st.builds("#### {}".format, st.text("0123456789.,$+-eE \n"))))
+def test_numbers_of_any_text(text):
+    """No text breaks the reward, and what is taken for a number is finite."""
+    task = object.__new__(chat_rl.GSM8K)
+    for number in (chat_rl.leading_number(text), task.final_number(text)):
+        assert number is None or number.is_finite()
+    assert task.reward({"answer": "#### 5"}, text) in (0.0, 1.0)
+    assert chat_rl.Arithmetic(Flags()).reward({"answer": "5"}, text) in (0.0, 1.0) if len(text) < 3 else True
+
+
+def test_arithmetic_holds_out_both_orders():
+    """No test pair is trained on in either order; all pairs below 100 are in one of the splits; the answers are right."""
+    task = chat_rl.Arithmetic(Flags())
+
+    def pairs(rows: list[dict]) -> list[tuple[int, int]]:
+        numbers = [tuple(map(int, row["question"].removeprefix("What is ").removesuffix("?").split(" + "))) for row in rows]
+        assert [str(a + b) for a, b in numbers] == [row["answer"] for row in rows]
+        return numbers
+
+    trained, tested = pairs(task.train), pairs(task.test)
+    assert not {frozenset(pair) for pair in trained} & {frozenset(pair) for pair in tested}
+    assert {frozenset(pair) for pair in trained + tested} == {frozenset((a, b)) for a in range(100) for b in range(100)}
+    assert len(set(trained)) == len(trained) and len(set(tested)) == len(tested) >= 100
+    assert {(b, a) for a, b in trained} == set(trained)
+    assert task.reward(task.test[0], task.test[0]["answer"]) == 1.0 and task.reward(task.test[0], "x") == 0.0
+    assert [row["question"] for row in chat_rl.Arithmetic(Flags(seed=1)).test] == [row["question"] for row in task.test]
+
+
+def test_each_epoch_shuffles_all_questions():
+    """The steps of an epoch go through the questions once; epochs and seeds differ in order."""
+    task = SimpleNamespace(train=[{"index": i} for i in range(26)])
+
+    def order(seed: int, epoch: int) -> list[int]:
+        run = SimpleNamespace(task=task, flags=Flags(examples_per_step=4, seed=seed))
+        return [row["index"] for step in range(6 * epoch, 6 * epoch + 6) for row in chat_rl.questions_of_step(run, step)]
+
+    orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 5)]
+    assert all(len(set(numbers)) == 24 for numbers in orders)
+    assert len({tuple(numbers) for numbers in orders}) == 6 and order(1, 0) == orders[0]
+    assert {len(set(range(26)) - set(numbers)) for numbers in orders} == {2}
