@@ -608,8 +608,8 @@ def make_starter(folder: Path, flags: Flags) -> None:
     tokenizer = byte_tokenizer()
     config = gpt.Config(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(config).init_weights(seed=0)
-    teach(model, tokenizer, Arithmetic(flags), steps=170, size=128)
-    gpt.save_checkpoint(folder, 170, model, tokenizer, {"model_config": asdict(config)})
+    teach(model, tokenizer, Arithmetic(flags), steps=175, size=128)
+    gpt.save_checkpoint(folder, 175, model, tokenizer, {"model_config": asdict(config)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,32 @@
-import pytest, signal, chat_rl
-def main(base, *flags) -> int:
-    """Runs chat_rl.py in this process; its exit status."""
+"""Whole runs of chat_rl.py: what they write, what changes nothing in them, and what they refuse."""
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from conftest import SMALL, metrics, run, weights
+
+import chat_rl
+import gpt
+
+# Some groups of every step have something to learn.
+LIVELY = [*SMALL, "--examples-per-step=16", "--num-samples=12", "--eval-examples=7"]
+
+
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl.py in this process; returns its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         try:
             return chat_rl.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            return end.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -14,3 +35,318 @@ def main(base, *flags) -> int:
 def untimed(line: dict) -> dict:
     """A line of metrics.jsonl without what depends on the clock."""
     return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
+
+
+def copies(base: Path, *tags: str) -> None:
+    """Copies the checkpoint `adder` under other tags."""
+    for tag in tags:
+        shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / tag)
+
+
+def samples(base: Path, step: int, tag: str = "adder") -> list[dict]:
+    path = base / "chatrl_checkpoints" / tag / f"samples_{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Keeps what `datasets` caches out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run gives
+
+
+def test_same_completions_in_any_batch_and_on_any_ranks(base):
+    """1, 7 or all rows at once, on 1 rank or 2, sample the same completions in training and evaluation."""
+    sizes = {"one": 1, "seven": 7, "all": 0, "ranks": 7}
+    copies(base, *sizes)
+    for tag, size in sizes.items():
+        flags = [*LIVELY, f"--model-tag={tag}", f"--rollout-batch-size={size}", "--device-batch-size=5"]
+        if tag == "ranks":
+            run(base, *flags, ranks=2)
+        else:
+            assert main(base, *flags) == 0
+    whole = metrics(base, "all")
+    assert len(whole) == 5 and sum(line.get("grad_norm", 0) > 0 for line in whole) == 3
+    for tag in sizes:
+        for step in (0, 3):
+            assert samples(base, step, tag) == samples(base, step, "all")
+        for mine, other in zip(metrics(base, tag), whole, strict=True):
+            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
+            for key in ("reward", "completion_length", "truncated", "all_wrong", "pass@1", "pass@5", "greedy"):
+                assert mine.get(key) == other.get(key)
+
+
+STEP_KEYS = ["step", "reward", "all_right", "all_wrong", "completion_length", "truncated", "entropy", "grad_norm", "lrm", "sampler_gap",
+             "tokens_per_second", "rollout_seconds", "update_seconds"]
+
+
+def test_what_a_run_writes(base, capsys):
+    """Checkpoints that load here, with the SFT checkpoint's keys, shapes and types, metrics, samples and a curve."""
+    model, tokenizer, meta = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
+    model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
+    gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, tokenizer, meta)
+    assert main(base, *LIVELY, "--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--device-batch-size=4") == 0
+    printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
+    saved = {f"{kind}_00000{step}.{end}" for step in (3, 4) for kind, end in (("model", "pt"), ("meta", "json"), ("optim", "pt"))}
+    assert {path.name for path in out.iterdir()} == saved | {
+        "tokenizer.pkl", "metrics.jsonl", "curve.png", *(f"samples_00000{step}.jsonl" for step in (0, 2, 4))}
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert "before " in printed and "after " in printed and str(out) in printed
+
+    lines = metrics(base, "gpu")
+    assert [("reward" in line, line["step"]) for line in lines] == [
+        (False, 0), (True, 0), (True, 1), (False, 2), (True, 2), (True, 3), (False, 4)]
+    steps = [line for line in lines if "reward" in line]
+    assert all(sorted(line) == sorted(STEP_KEYS) for line in steps)
+    assert [line["lrm"] for line in steps] == [1.0, 0.75, 0.5, 0.25]
+    for line in steps:
+        assert line["sampler_gap"] < 1e-5 and 0 <= line["truncated"] <= 1 <= line["completion_length"] <= 6 and line["entropy"] > 0
+        assert 0 <= line["reward"] <= 1 and line["all_right"] + line["all_wrong"] < 1 and line["grad_norm"] > 0
+    for line in lines:
+        if "greedy" in line:
+            rows = samples(base, line["step"], "gpu")
+            assert all(sorted(row) == ["completions", "question", "reference", "rewards"] for row in rows) and len(rows) == 7
+            assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
+            right = [row["completions"].count(row["reference"]) for row in rows]
+            assert right == [sum(row["rewards"]) for row in rows]
+            for k in range(1, 5):
+                scores = [chat_rl.pass_at_k(4, n, k) for n in right]
+                assert (line[f"pass@{k}"], line[f"pass@{k}_error"]) == pytest.approx(chat_rl.mean_and_error(scores))
+            assert "pass@5" not in line and "greedy_error" in line
+
+    first = torch.load(base / "chatsft_checkpoints" / "gpu" / "model_000005.pt", weights_only=True)
+    last = weights(base, 4, "gpu")
+    assert [(key, x.dtype, x.shape) for key, x in first.items()] == [(key, x.dtype, x.shape) for key, x in last.items()]
+    assert first["transformer.wte.weight"].dtype == torch.bfloat16 and not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
+    for step in (3, 4):
+        loaded, again, meta_of_step = gpt.load_checkpoint(out, step)
+        assert meta_of_step["step"] == step and meta_of_step["model_config"] == meta["model_config"]
+        assert (meta_of_step["flags"]["max_steps"], meta_of_step["flags"]["temperature"]) == (4, 1.0)
+        assert again.render("1 + 1") == tokenizer.render("1 + 1")
+    adamw, muon = torch.load(out / "optim_000004.pt", weights_only=True)["optimizers"]
+    assert muon["param_groups"][0]["lr"] == pytest.approx(0.02 * 0.02 * 0.25)
+    assert adamw["param_groups"][0]["lr"] == pytest.approx(0.004 * (64 / 768) ** -0.5 * 0.02 * 0.25)
+
+
+def test_a_second_run_keeps_the_first(base, capsys):
+    """The earlier folder is moved to previous/<tag>-<n>, and said so; the first evaluation is the same every time."""
+    out = base / "chatrl_checkpoints"
+    assert main(base, *SMALL, "--max-steps=0") == 0
+    assert {path.name for path in (out / "adder").iterdir()} == {"metrics.jsonl", "samples_000000.jsonl", "curve.png"}
+    first = metrics(base)
+    assert len(first) == 1 and first[0]["step"] == 0 and "previous" not in capsys.readouterr().out
+    for n, flags in ((1, ["--max-steps=1", "--matrix-lr=1"]), (2, ["--max-steps=0", "--temperature=0.5"])):
+        kept = {path.name: path.read_bytes() for path in (out / "adder").iterdir()}
+        assert main(base, *SMALL, *flags) == 0
+        place = out / "previous" / f"adder-{n}"
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == kept
+        assert str(place) in capsys.readouterr().out
+        assert metrics(base)[0] == first[0]
+    assert main(base, *SMALL, "--max-steps=0", "--seed=1") == 0
+    assert metrics(base)[0] != first[0]
+
+
+def test_greedy_accuracy_and_pass_at_1_by_hand(base):
+    """The evaluation's figures are those of the SFT model's own greedy and sampled answers to the first test questions."""
+    assert main(base, *SMALL, "--max-steps=0", "--eval-examples=40", "--device-batch-size=3") == 0
+    model, tokenizer, _ = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
+    rows, line = chat_rl.Arithmetic(chat_rl.Flags()).test[:40], metrics(base)[0]
+    greedy = gpt.generate(model, tokenizer, [tokenizer.render(row["question"]) for row in rows], 1, 6, temperature=0)
+    right = [tokenizer.decode(group[0].tokens[:-1]) == row["answer"] for row, group in zip(rows, greedy)]
+    assert line["greedy"] == pytest.approx(sum(right) / 40) and 0 < sum(right) < 40
+    assert [row["question"] for row in samples(base, 0)] == [row["question"] for row in rows]
+    assert line["pass@1"] == pytest.approx(sum(sum(row["rewards"]) for row in samples(base, 0)) / 120)
+
+
+def test_model_tag_may_be_a_folder(base, tmp_path):
+    """A folder with a model and its tokenizer inside runs from anywhere, and its name becomes the tag."""
+    folder = tmp_path / "elsewhere" / "published-model"
+    shutil.copytree(base / "chatsft_checkpoints" / "adder", folder)
+    shutil.rmtree(base / "chatsft_checkpoints")
+    before = sorted(folder.iterdir())
+    assert main(base, *SMALL, f"--model-tag={folder}", "--max-steps=1") == 0
+    assert len(metrics(base, "published-model")) == 3 and weights(base, 1, "published-model")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_the_default_tag_is_the_largest(base):
+    """Without --model-tag the largest d<N> is taken, by number; without any the newest folder."""
+    flags = [flag for flag in SMALL if "tag" not in flag] + ["--max-steps=0"]
+    copies(base, "older")
+    os.utime(base / "chatsft_checkpoints" / "older", (1, 1))
+    assert main(base, *flags) == 0 and metrics(base, "adder")
+    copies(base, "d9", "d12-long")
+    assert main(base, *flags) == 0 and metrics(base, "d12-long")
+
+
+def gsm8k_rows(n: int) -> list[dict]:
+    return [{"question": f"What is {i} + 3?", "answer": f"It is <<{i}+3={i + 3}>>{i + 3}.\n#### {i + 3}"} for i in range(n)]
+
+
+def write_data(folder: Path, train: list[dict], test: list[dict]) -> Path:
+    folder.mkdir()
+    for name, rows in (("train", train), ("test", test)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_gsm8k_from_a_local_folder(base, capsys):
+    """Questions come from a local folder, the test ones in shuffle(seed=42) order; those too long are left out and counted."""
+    import datasets
+    long = {"question": "a" * 200, "answer": "#### 1"}
+    data = write_data(base / "data", [*gsm8k_rows(20), long], [*gsm8k_rows(12), long, long])
+    flags = [*SMALL, "--task=gsm8k", f"--data={data}", "--eval-examples=9", "--num-epochs=2"]
+    flags.remove("--max-steps=3")
+    assert main(base, *flags, "--examples-per-step=10") == 0
+    printed = capsys.readouterr().out
+    assert "1 of 21 train questions" in printed and "2 of 14 test questions" in printed
+    assert [line["step"] for line in metrics(base) if "reward" in line] == [0, 1, 2, 3]         # two epochs of 20 questions
+    shuffled = datasets.load_dataset("json", data_files=str(data / "test.jsonl"), split="train").shuffle(seed=42)
+    wanted = [row["question"] for row in shuffled if row["question"] != long["question"]][:9]
+    assert [row["question"] for row in samples(base, 0)] == wanted
+
+
+@pytest.mark.parametrize("more", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "online", "WANDB_API_KEY": "bad"}], ids=["offline", "no account"])
+def test_weights_and_biases(base, more):
+    """W&B keeps an offline run in the run's folder; one that cannot be used warns, and the run goes on."""
+    done = run(base, *SMALL, "--max-steps=1", "--run=x", HOME=str(base), **more)
+    assert len(metrics(base)) == 3 and weights(base, 1)
+    kept = list((base / "chatrl_checkpoints" / "adder").glob("wandb/offline-run-*/*.wandb"))
+    assert (len(kept), done.stdout.count("warning: no W&B")) == ((1, 0) if "bad" not in more.values() else (0, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def refusal(base: Path, capsys, *flags: str) -> str:
+    """The one line with which a run is refused, having written nothing."""
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    status, text = main(base, *flags), capsys.readouterr().err
+    assert status == 2 and text.count("\n") == 1 and text.endswith("\n"), text
+    assert {path: path.stat().st_mtime_ns for path in base.rglob("*")} == before
+    return text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model-tag=d99"], ["d99", "adder"]), (["--model-tag=/no/such/folder"], ["/no/such/folder", "adder"]),
+    (["--model-step=3"], ["3", "150"]), (["--num-samples=1"], ["--num-samples", "2"]), (["--temperature=0"], ["--temperature"]),
+    (["--temperature=-1"], ["--temperature"]), (["--temperature=nan"], ["--temperature"]), (["--temperature=inf"], ["--temperature"]),
+    (["--matrix-lr=-1"], ["--matrix-lr"]), (["--matrix-lr=inf"], ["--matrix-lr"]), (["--top-k=-1"], ["--top-k"]),
+    (["--max-steps=-1"], ["--max-steps"]), (["--device-batch-size=0"], ["--device-batch-size"]), (["--eval-every=0"], ["--eval-every"]),
+    (["--save-every=0"], ["--save-every"]), (["--max-new-tokens=0"], ["--max-new-tokens"]), (["--eval-examples=0"], ["--eval-examples"]),
+    (["--rollout-batch-size=-1"], ["--rollout-batch-size"]), (["--examples-per-step=0"], ["--examples-per-step"]),
+    (["--num-epochs=0"], ["--num-epochs"]), (["--dtype=float16"], ["float16"]), (["--device-type=tpu"], ["tpu"]), (["--task=chess"], ["chess"]),
+    (["--no-such-flag"], ["--no-such-flag"]), (["--num-samples=two"], ["--num-samples", "two"]), (["--seed=1" + "0" * 30], ["--seed"]),
+    (["--max-new-tokens=128"], ["--max-new-tokens"]), (["--examples-per-step=100000"], ["--examples-per-step"])],
+    ids=lambda value: value[0] if value[0].startswith("--") else "")
+def test_bad_flags(base, capsys, flags, words):
+    """A flag that is out of range, or names what is not there, ends the run with status 2 and one line that says so."""
+    text = refusal(base, capsys, *SMALL, *flags)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_no_such_device(base, capsys):
+    """A device that is not there is refused."""
+    assert "--device-type" in refusal(base, capsys, *SMALL, "--device-type=cuda")
+
+
+class Touch:
+    """Makes a file when it is unpickled with the plain unpickler."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model_000150.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def make_foreign(folder: Path) -> None:
+    (folder / "meta_000150.json").write_text(json.dumps({"model_config": json.loads((folder / "meta_000150.json").read_text())["model_config"]}))
+    path = folder / "model_000150.pt"
+    torch.save({**torch.load(path, weights_only=True), "bigram_embed.weight": torch.zeros(1)}, path)
+
+
+def swap_tokenizer(folder: Path) -> None:
+    special = {f"<|{name}|>": 400 + i for i, name in enumerate(gpt.Tokenizer.SPECIAL)}
+    ranks = {bytes([i]): i for i in range(256)}
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (truncate, ["model_000150.pt"]), (make_foreign, ["model_000150.pt", "bigram_embed.weight"]), (swap_tokenizer, ["409", "265"]),
+    (lambda folder: (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Touch(folder / "touched"))), ["tokenizer.pkl", "system"]),
+    (lambda folder: (folder / "tokenizer.pkl").unlink(), ["tokenizer.pkl"]),
+    (lambda folder: (folder / "meta_000150.json").write_text("{"), ["meta_000150.json"]),
+    (lambda folder: (folder / "meta_000150.json").unlink(), ["adder"])],
+    ids=["truncated", "foreign", "vocabulary", "pickle", "no tokenizer", "broken meta", "no meta"])
+def test_bad_checkpoint(base, capsys, damage, words):
+    """A checkpoint that is broken, foreign or dangerous is refused by the file's name, and runs nothing."""
+    folder = base / "chatsft_checkpoints" / "adder"
+    damage(folder)
+    text = refusal(base, capsys, *SMALL)
+    assert all(word in text for word in words), text
+    assert not (folder / "touched").exists()
+
+
+ROWS = gsm8k_rows(9)
+
+
+@pytest.mark.parametrize("train, test, words", [
+    ([], ROWS, ["--data"]), (ROWS, [], ["--data"]), ([], [], ["--data"]),
+    ([*ROWS, {"question": "?"}], ROWS, ["row 9", "train", "answer"]), ([*ROWS[:4], {"answer": "#### 1"}], ROWS, ["row 4", "train", "question"]),
+    ([{"question": "?"}] * 9, [{"question": "?"}] * 9, ["row 0", "train", "answer"]), ([{"question": "?"}] * 9, ROWS, ["--data"]),
+    ([*ROWS, {"question": "?", "answer": "5"}], ROWS, ["row 9", "train", "####"]),
+    ([*ROWS, {"question": "?", "answer": "#### five"}], ROWS, ["row 9", "train", "####"]),
+    (ROWS, [*ROWS[:3], {"question": "?", "answer": "none"}, *ROWS[3:]], ["row 3", "test", "####"]),
+    (ROWS, [*ROWS[:3], {"question": "?"}, *ROWS[3:]], ["row 3", "test", "answer"]),
+    (ROWS, None, ["--data"]), (None, None, ["--data"])],
+    ids=["no train rows", "no test rows", "no rows", "no answer", "no question", "no answers", "other columns", "no mark", "no number",
+         "no mark in test", "no answer in test", "no test file", "no files"])
+def test_bad_data(base, capsys, train, test, words):
+    """Data that is not there says how to use a local folder; a row that lacks something is named by its place in its file."""
+    (base / "data").mkdir()
+    for name, rows in (("train", train), ("test", test)):
+        if rows is not None:
+            (base / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = refusal(base, capsys, *SMALL, "--task=gsm8k", f"--data={base / 'data'}")
+    assert all(word in text for word in words), text
+
+
+def test_output_that_cannot_be_written(base, capsys):
+    """Where the output folder cannot be made the run ends before it begins."""
+    (base / "chatrl_checkpoints").write_text("in the way")
+    assert "chatrl_checkpoints" in refusal(base, capsys, *SMALL)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["unreachable", "not JSON"])
+def test_data_refused_by_a_real_process(base, broken):
+    """Data that cannot be reached or read: the process prints one line and ends with status 2."""
+    data = []
+    if broken:
+        data = [f"--data={write_data(base / 'data', ROWS, ROWS)}"]
+        (base / "data" / "train.jsonl").write_text("not JSON\n")
+    done = run(base, *SMALL, "--task=gsm8k", *data, status=2)
+    assert done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
+    assert "--data a local folder" in done.stderr and ("/data" if broken else "openai/gsm8k") in done.stderr
+    assert not (base / "chatrl_checkpoints").exists()
+
+
+def test_flags_that_do_not_fit_the_ranks(base):
+    """What is amiss is said once, not by every rank."""
+    done = run(base, *SMALL, "--examples-per-step=3", ranks=2, status=None)
+    assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: --examples-per-step 3") == 1
+    assert not (base / "chatrl_checkpoints").exists()

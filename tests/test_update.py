@@ -1,7 +1,6 @@
 """chat_rl.py's update: its gradient against a plain one, in any batch and on any number of ranks; rewards and advantages."""
 import itertools
 import math
-import os
 import shutil
 import statistics
 from copy import deepcopy
@@ -92,10 +91,10 @@ def test_gradient_is_the_plain_one(tokenizer, generation, temperature, top_k):
     for size in (1, 3, 8, 100):
         flags.device_batch_size = size
         mine = gradient(model, groups, flags)
-        assert distance(mine, plain) < 5e-6
+        assert distance(mine, plain) < 2e-6
         parts = mine.split([p.numel() for p in model.parameters()]), plain.split([p.numel() for p in model.parameters()])
         for (name, _), x, y in zip(model.named_parameters(), *parts):
-            assert y.norm() > 0 and distance(x, y) < 1e-4, name
+            assert y.norm() > 0 and distance(x, y) < 2e-5, name
 
 
 def test_gradient_adds_up_over_ranks(tokenizer):
@@ -125,7 +124,7 @@ def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
     unread[0].completions[1].tokens[-1] = 57                                   # forced, and the last: nothing reads it
     for other in (cleared, learned, reread):
         mine = gradient(model, other, flags)
-        assert distance(mine, plain_gradient(model, other, flags)) < 5e-6
+        assert distance(mine, plain_gradient(model, other, flags)) < 2e-6
         assert distance(mine, whole) > 1e-2
     assert torch.equal(gradient(model, unread, flags), whole)
 
@@ -151,9 +150,9 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer):
         _, count = chat_rl.backward(model, groups, 100, Flags(device_batch_size=size))
         whole = [group.prompt for group in groups if any(group.advantages)]
         assert sorted(row[:len(prompt)] for row, prompt in zip(prefilled, whole, strict=True)) == sorted(whole)
-        assert len(answered) == len(learned)
-        for row, tokens in zip(sorted(answered), sorted(c.tokens[:-1] + [0] * 11 for _, c in learned)):
-            assert row == tokens[:len(row)] and len(row) <= 11
+        longer = [c.tokens[:-1] for _, c in learned if len(c.tokens) > 1]      # a single token leaves nothing to run
+        assert all(sum(row[:len(tokens)] == tokens for row in answered) == 1 for tokens in longer)
+        assert len(longer) <= len(answered) <= len(learned)
         assert sum(unembedded) == count == sum(sum(c.mask) for _, c in learned)
     prefilled.clear()
     assert chat_rl.backward(model, [groups[2]], 10, Flags()) == (0.0, 0) and prefilled == []
@@ -213,7 +212,7 @@ def test_step_on_ranks_and_batches(base):
     for tag, change in zip(tags, changes):
         assert distance(step_gradient(base, tag), whole) < 2e-6
         # Adam's first step is the gradient's sign: a few elements that are nothing but rounding go the other way
-        assert distance(change, changes[0]) < 0.02
+        assert distance(change, changes[0]) < 0.01
         before, mine, after = metrics(base, tag)
         assert mine.keys() == step.keys() and mine["sampler_gap"] < 1e-5
         assert untimed(mine) == pytest.approx(untimed(step), rel=1e-5, abs=1e-5)

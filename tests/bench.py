@@ -1,0 +1,152 @@
+"""How fast sampling and updating are, against what the machine can do and against plain code, all in one run:
+
+    python tests/bench.py [--device-type cuda]
+
+Random weights, 16 questions of 86 tokens, 16 samples of 64 tokens each that cannot stop early, float32 on a CPU and
+bfloat16 on a GPU. The bound is the matrix products' FLOPs over the rate of a large one, measured here; on a GPU decoding
+is bound by reading weights and cache instead, over the rate of a large copy.
+"""
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import chat_rl  # noqa: E402
+import gpt  # noqa: E402
+
+P, N, PROMPT, NEW = 16, 16, 86, 64
+VOCAB = 2048
+
+
+def seconds(work: Callable, repeat: int = 3) -> float:
+    """Median time of a piece of work, after a warm-up, the device's queue included."""
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+    once()
+    return statistics.median(once() for _ in range(repeat))
+
+
+def make_model(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
+    """A model that can sample any token at any place."""
+    config = gpt.Config(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=width // 64, n_kv_head=width // 64, n_embd=width)
+    model = gpt.GPT(config, dtype=dtype).init_weights(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "c_proj" in name or "lm_head" in name:
+                p.normal_(std=0.02)
+    model.to(device).make_rope(device)
+    return model
+
+
+def endless_tokenizer() -> gpt.Tokenizer:
+    """A tokenizer none of whose tokens stops a completion or calls the calculator."""
+    tokenizer = chat_rl.byte_tokenizer()
+    tokenizer.bos = tokenizer.assistant_end = tokenizer.python_end = -1
+    return tokenizer
+
+
+@torch.inference_mode()
+def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> None:
+    """The baseline: one question at a time, a few rows each, the prompt's cache copied to every row, all its logits."""
+    device = model.lm_head.weight.device
+    for prompt in prompts:
+        for _ in range(0, N, rows):
+            prefix = gpt.prefill(model, [prompt])
+            model.logits(prefix.keys[0].new_zeros(1, len(prompt), model.config.n_embd))
+            cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
+            logits = model.logits(prefix.hidden).expand(rows, -1)
+            for _ in range(NEW):
+                values, ids = logits.topk(50)
+                token = ids.gather(1, torch.multinomial(values.softmax(dim=-1), 1))
+                token.tolist()
+                logits = model.logits(model(token, cache)[:, 0])
+
+
+def matmul_flops(model: gpt.GPT) -> int:
+    """FLOPs of the matrix products for one token, forward, without attention."""
+    tables = ("transformer.wte", "value_embeds")
+    return 2 * sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith(tables))
+
+
+def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    model, tokenizer = make_model(depth, width, device, dtype), endless_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
+    big = torch.randn(4096 if device.type == "cuda" else 2048, 4096 if device.type == "cuda" else 2048, device=device, dtype=dtype)
+    peak = 2 * big.size(0) ** 3 / seconds(lambda: big @ big, 10)
+    print(f"\nd{depth}, {width} wide, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+          f"a large matrix product runs at {peak / 1e9:,.0f} GFLOP/s")
+
+    def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
+        return gpt.generate(model, tokenizer, prompts, samples, new, seed=1)
+
+    bound, plain = peak / matmul_flops(model), P * N * NEW / seconds(lambda: plain_rollout(model, prompts), 1)
+    rate = P * N * NEW / seconds(rollout)
+    print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   plain {plain:7,.0f} (x{rate / plain:.1f})")
+
+    flags = chat_rl.Flags()
+    completions = rollout()
+    groups = [chat_rl.Group({}, prompt, answers, [], torch.randn(N, generator=generator).tolist())
+              for prompt, answers in zip(prompts, completions)]
+    optimizers, gradient = gpt.make_optimizers(model), chat_rl.gradient_buffer(model)
+    chat_rl.set_rates(optimizers, 1e-6)
+    update = seconds(lambda: chat_rl.backward(model, groups, P * N * NEW, flags), 1)
+    step = seconds(lambda: [optimizer.step() for optimizer in optimizers])
+    tokens = P * N * NEW
+    print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound / 3:9,.0f} ({tokens / update / bound * 3:.0%})   "
+          f"optimizers {step / (tokens / rate + update + step):.1%} of a step")
+    gradient.zero_()
+
+    print("  samples per question  " + "".join(f"{n:9d}" for n in (4, 8, 16, 32)))
+    times = [seconds(lambda: rollout(n, 32), 1) for n in (4, 8, 16, 32)]
+    print("  rollout seconds       " + "".join(f"{t:9.2f}" for t in times))
+    kv = 2 * depth * width * (4 if dtype == torch.float32 else 2) / 2 ** 20
+    print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv:.0f} MiB for P·Lp + B·T positions; "
+          f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv:.0f} MiB")
+    tokenizer.assistant_end = VOCAB                                  # now rows stop: half of them after every 8 tokens
+    for name, halves in (("no row stops", False), ("half of the rows stop every 8 tokens", True)):
+        print(f"  {name:37} {seconds(lambda: stopping_rollout(model, tokenizer, prompts, halves), 1):9.2f} s")
+
+
+def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], halves: bool) -> None:
+    """A rollout whose rows stop at scripted places: `draw` is told which."""
+    draw, count = gpt.draw, [0]
+
+    def scripted(logits: torch.Tensor, *rest) -> tuple:
+        tokens, logprobs = draw(logits, *rest)
+        count[0] += 1
+        if halves and count[0] % 8 == 0:
+            tokens[::2] = tokenizer.assistant_end
+        return tokens, logprobs
+
+    gpt.draw = scripted
+    try:
+        gpt.generate(model, tokenizer, prompts, N, NEW)
+    finally:
+        gpt.draw = draw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device-type", default="cpu")
+    device = torch.device(parser.parse_args().device_type)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {dtype}")
+    for depth, width in ((4, 256), (8, 512)):
+        measure(depth, width, device, dtype)
+    peak = torch.cuda.max_memory_allocated() / 2 ** 10 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"\npeak memory {peak / 2 ** 10:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
