@@ -36,6 +36,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,15 +49,16 @@ from gpt import GPT, Completion, Tokenizer, UserError
 # Flags
 
 
-def flag(default: Any, help: str, low: float | None = None, above: float | None = None, choices: tuple = ()) -> Any:
-    """A field of Flags: its default, its one line of help, and what values it may have."""
-    return field(default=default, metadata={"help": help, "low": low, "above": above, "choices": choices})
+def flag(default: Any, help: str, low: float = -math.inf, choices: tuple = ()) -> Any:
+    """A field of Flags: its default, its one line of help, the least value it may have or the values to choose from."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
 
 
 @dataclass
 class Flags:
     run: str = flag("dummy", "name of the Weights & Biases run (dummy: do not use W&B)")
-    device_type: str = flag("", "cuda, mps or cpu (default: the first of these that is there)", choices=("", "cuda", "mps", "cpu"))
+    device_type: str = flag("", "cuda, mps or cpu (default: the first of these that is there)",
+                            choices=("", "cuda", "mps", "cpu"))
     dtype: str = flag("", "of the arithmetic (default: bfloat16 where the GPU has it, else float32)",
                       choices=("", "bfloat16", "float32"))
     model_tag: str | None = flag(None, "SFT checkpoint: a tag such as d20, or a folder with model_*.pt (default: largest d<N>)")
@@ -68,7 +70,7 @@ class Flags:
     examples_per_step: int = flag(16, "questions per step, over all ranks", low=1)
     num_samples: int = flag(16, "answers sampled per question", low=2)
     max_new_tokens: int = flag(256, "length limit of an answer, in tokens", low=1)
-    temperature: float = flag(1.0, "of sampling in training", above=0)
+    temperature: float = flag(1.0, "of sampling in training (above 0)", low=1e-6)
     top_k: int = flag(50, "sample from the k likeliest tokens, in training and evaluation (0: from all)", low=0)
     rollout_batch_size: int = flag(256, "rows sampled at once, in training and evaluation (0: no bound)", low=0)
     device_batch_size: int = flag(8, "rows in one forward and backward; samples per question in evaluation", low=1)
@@ -82,7 +84,7 @@ class Flags:
     save_every: int = flag(60, "steps between checkpoints", low=1)
     keep_last: int = flag(2, "checkpoints that keep their optimizer state, to resume from", low=1)
     resume: bool = flag(False, "go on from the last complete checkpoint of this tag's RL run, if there is one")
-    seed: int = flag(42, "of the order of questions and of sampling")
+    seed: int = flag(42, "of the order of questions and of sampling", low=0)
 
 
 # What the starter run does differently from the flags' own defaults; a flag given on the command line wins.
@@ -91,8 +93,12 @@ STARTER = dict(task="arithmetic", max_steps=80, examples_per_step=512, num_sampl
                eval_every=20, save_every=20)
 
 # Flags that may change between a run and its resumption: they do not change what is computed, beyond rounding.
-FREE_FLAGS = ("run", "device_type", "dtype", "model_tag", "model_step", "data", "rollout_batch_size", "save_every", "keep_last",
-              "resume")
+FREE_FLAGS = ("run", "device_type", "model_tag", "model_step", "data", "rollout_batch_size", "eval_every", "save_every",
+              "keep_last", "resume")
+
+
+def fail(message: str) -> None:
+    raise UserError(f"{message}; --help lists the flags")
 
 
 def parse_flags(argv: list[str]) -> dict:
@@ -105,17 +111,14 @@ def parse_flags(argv: list[str]) -> dict:
         else:
             default = "" if f.default in (None, "") else f" (default: {f.default})"
             parser.add_argument(name, type=kind, help=f.metadata["help"] + default)
+    parser.error = fail
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
-        value, limits, name = given.get(f.name), f.metadata, "--" + f.name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value) or limits["low"] is not None and value < limits["low"]:
-            raise UserError(f"{name} {value} is out of range: it must be a number of at least {limits['low'] or 0}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise UserError(f"{name} {value} is out of range: it must be above {limits['above']}")
-        if limits["choices"] and value not in limits["choices"]:
-            raise UserError(f"{name} {value} is unknown: choose {', '.join(c for c in limits['choices'] if c)}")
+        value, low, choices = given.get(f.name), f.metadata["low"], f.metadata["choices"]
+        if isinstance(value, (int, float)) and not low <= value < 2 ** 63:
+            raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range: the least is {low}")
+        if choices and value not in (None, *choices):
+            raise UserError(f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}")
     return given
 
 
@@ -262,9 +265,10 @@ class GSM8K:
     def __init__(self, flags: Flags):
         self.train, self.test = load_rows(flags.data, ("question", "answer"))
         for split, rows in (("train", self.train), ("test", self.test)):
-            for i, row in enumerate(rows):
+            for row in rows:
                 if self.final_number(row["answer"]) is None:
-                    raise UserError(f"row {i} of {split} in {flags.data} has no number after #### in its answer: mend or remove it")
+                    raise UserError(f"row {row['row']} of {split} in {flags.data} has no number after #### in its answer: "
+                                    "mend or remove it")
 
     def final_number(self, text: str) -> Decimal | None:
         _, mark, tail = text.rpartition("####")
@@ -297,27 +301,43 @@ TASKS = {"gsm8k": GSM8K, "arithmetic": Arithmetic}
 
 def load_rows(data: str, columns: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """The train rows, and the test rows in shuffle(seed=42) order as nanochat takes them, of a dataset on the hub or in a
-    local folder. Raises UserError where it cannot be had or a row lacks one of the columns."""
+    local folder; `row` is a row's place in its file. Raises UserError where it cannot be had or a row lacks a column."""
     import datasets
     local = "pass --data a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
     try:
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         splits = datasets.load_dataset(data, "main" if data == "openai/gsm8k" else None)
-        rows = list(splits["train"]), list(splits["test"].shuffle(seed=42))
+        parts = {name: [{**row, "row": i} for i, row in enumerate(splits[name])] for name in ("train", "test")}
     except Exception as error:              # whatever datasets, its file readers and the network raise
-        raise UserError(f"cannot load {data} ({gpt.one_line(error)}): {local}") from error
-    for split, part in zip(("train", "test"), rows):
-        if not part:
-            raise UserError(f"{data} has no rows in {split}: {local}")
-        for i, row in enumerate(part):
+        raise UserError(f"cannot load {data} ({gpt.one_line(error.__cause__ or error)}): {local}") from error
+    for name, rows in parts.items():
+        if not rows:
+            raise UserError(f"{data} has no rows in {name}: {local}")
+        for row in rows:
             for column in columns:
                 if not isinstance(row.get(column), str):
-                    raise UserError(f"row {i} of {split} in {data} has no text {column!r}: mend or remove it")
-    return rows
+                    raise UserError(f"row {row['row']} of {name} in {data} has no text {column!r}: mend or remove it")
+    order = numpy.random.default_rng(42).permutation(len(parts["test"]))        # what Dataset.shuffle(seed=42) does
+    return parts["train"], [parts["test"][i] for i in order]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout: groups of answers and their advantages
+
+
+@dataclass
+class Run:
+    """All that a run consists of, the same on every rank."""
+    flags: Flags
+    task: Any
+    model: GPT
+    tokenizer: Tokenizer
+    meta: dict                              # what every checkpoint's meta file says: model config, flags, W&B id
+    out: Path
+    num_steps: int
+    step: int                               # updates done
+    training: dict | None                   # of a resumed run: the optimizers' states and the float32 weights
 
 
 @dataclass
@@ -339,29 +359,51 @@ def advantages_of(rewards: list[float]) -> list[float]:
 TRAINING, EVALUATION = 0, 1                 # what a random number is for is part of its seed
 
 
-def rollout(model: GPT, tokenizer: Tokenizer, task: Any, examples: list[dict], num_samples: int, temperature: float,
-            seed: int, flags: Flags, title: str = "") -> list[Group]:
+def questions_of_step(run: Run, step: int) -> list[dict]:
+    """The training questions of a step: each epoch goes through them in an order of its own."""
+    size = run.flags.examples_per_step
+    epoch, place = divmod(step, len(run.task.train) // size)
+    generator = torch.Generator().manual_seed(int(gpt.fold(run.flags.seed, epoch)))
+    order = torch.randperm(len(run.task.train), generator=generator)
+    return [run.task.train[i] for i in order[place * size:(place + 1) * size].tolist()]
+
+
+def rollout(run: Run, examples: list[dict], num_samples: int, temperature: float, seed: int, title: str) -> list[Group]:
     """Samples `num_samples` answers to each example, at most `rollout_batch_size` rows at once, and rewards them."""
+    flags, tokenizer = run.flags, run.tokenizer
     groups = [Group(example, tokenizer.render(example["question"]), [], [], []) for example in examples]
     rows = flags.rollout_batch_size or max(1, len(groups)) * num_samples
     with progress_bar(len(groups) * num_samples, title, "answer") as bar:
         for part in batched(groups, max(1, rows // num_samples)):
             for first in range(0, num_samples, rows):
                 completions = gpt.generate(
-                    model, tokenizer, [g.prompt for g in part], min(rows, num_samples - first), flags.max_new_tokens,
+                    run.model, tokenizer, [g.prompt for g in part], min(rows, num_samples - first), flags.max_new_tokens,
                     temperature, flags.top_k, seed, [g.example["index"] for g in part], first, progress=bar.update)
                 for group, new in zip(part, completions):
                     group.completions += new
     for group in groups:
-        group.rewards = [task.reward(group.example, answer_text(tokenizer, c)) for c in group.completions]
+        group.rewards = [run.task.reward(group.example, answer_text(tokenizer, c)) for c in group.completions]
         group.advantages = advantages_of(group.rewards)
     return groups
 
 
 def answer_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """What the model said, without the token that ended its turn."""
-    ended = completion.tokens[-1:] in ([tokenizer.assistant_end], [tokenizer.bos])
-    return tokenizer.decode(completion.tokens[:-1] if ended else completion.tokens)
+    tokens = completion.tokens
+    return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
+
+
+def summarize(run: Run, groups: list[Group], ranks: Ranks) -> tuple[dict, int, int]:
+    """Metrics of a step's rollout over all ranks, the number of its tokens, and the number of those that were sampled."""
+    completions = [c for g in groups for c in g.completions]
+    reward, right, wrong, tokens, truncated, sampled, logprob = ranks.sum([
+        sum(sum(g.rewards) for g in groups), sum(min(g.rewards) >= 1 for g in groups), sum(max(g.rewards) < 1 for g in groups),
+        sum(len(c.tokens) for c in completions), sum(c.tokens[-1] not in run.tokenizer.stops for c in completions),
+        sum(sum(c.mask) for c in completions), sum(sum(c.logprobs) for c in completions)])
+    questions, answers = run.flags.examples_per_step, run.flags.examples_per_step * run.flags.num_samples
+    metrics = {"reward": reward / answers, "all_right": right / questions, "all_wrong": wrong / questions,
+               "completion_length": tokens / answers, "truncated": truncated / answers, "entropy": -logprob / sampled}
+    return metrics, int(tokens), int(sampled)
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -420,10 +462,12 @@ def gradient_buffer(model: GPT) -> Tensor:
     return buffer
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
-    """Sets all learning rates to this fraction of what they were made with."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group.setdefault("full_lr", group["lr"]) * fraction
+def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+    """One step of each, at this fraction of the learning rates that they were made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("full_lr", group["lr"]) * fraction
+        optimizer.step()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,23 +485,21 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, task: Any, flags: Flags, ranks: Ranks) -> tuple[dict, list[Group]]:
+def evaluate(run: Run, ranks: Ranks) -> tuple[dict, list[Group]]:
     """pass@k for k = 1 … device_batch_size at temperature 1 and the greedy accuracy on the first eval_examples test
     questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others nothing."""
-    examples = task.test[:flags.eval_examples]
-    seed = int(gpt.fold(flags.seed, EVALUATION))
-    mine = examples[ranks.rank::ranks.size]
-    sampled = ranks.attempt(rollout, model, tokenizer, task, mine, flags.device_batch_size, 1.0, seed, flags, "evaluation")
-    greedy = ranks.attempt(rollout, model, tokenizer, task, mine, 1, 0.0, seed, flags, "evaluation, greedy")
+    n, seed = run.flags.device_batch_size, int(gpt.fold(run.flags.seed, EVALUATION))
+    mine = run.task.test[:run.flags.eval_examples][ranks.rank::ranks.size]
+    sampled = ranks.attempt(rollout, run, mine, n, 1.0, seed, "evaluation")
+    greedy = ranks.attempt(rollout, run, mine, 1, 0.0, seed, "evaluation, greedy")
     if ranks.stopping():
         return {}, []
-    groups, greedy = ranks.gather(sampled), ranks.gather(greedy)
-    metrics = {}
-    for k in range(1, flags.device_batch_size + 1) if groups else ():
-        scores = [pass_at_k(len(g.rewards), sum(r >= 1 for r in g.rewards), k) for g in groups]
-        metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = mean_and_error(scores)
+    groups, greedy, metrics = ranks.gather(sampled), ranks.gather(greedy), {}
     if groups:
-        metrics["greedy"], metrics["greedy_error"] = mean_and_error([float(g.rewards[0] >= 1) for g in greedy])
+        right = [sum(reward >= 1 for reward in group.rewards) for group in groups]
+        for k in range(1, n + 1):
+            metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = mean_and_error([pass_at_k(n, c, k) for c in right])
+        metrics["greedy"], metrics["greedy_error"] = mean_and_error([float(group.rewards[0] >= 1) for group in greedy])
     return metrics, groups
 
 
@@ -468,16 +510,16 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Any, flags: Flags, ranks: R
 class Log:
     """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder, and W&B under the same names."""
 
-    def __init__(self, out: Path, flags: Flags, step: int, wandb_id: str):
-        """Takes up the log at a step: what an interrupted run wrote after it is cut off."""
-        self.out, self.path, self.wandb = out, out / "metrics.jsonl", None
-        kept = [line for line in self.lines() if line["step"] < step]
+    def __init__(self, run: Run):
+        """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
+        self.out, self.path, self.wandb = run.out, run.out / "metrics.jsonl", None
+        kept = [line for line in self.lines() if line["step"] < run.step]
         gpt.write_file(self.path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in kept))
-        if flags.run != "dummy":
+        if run.flags.run != "dummy":
             try:
                 import wandb
-                self.wandb = wandb.init(project="chat_rl", name=flags.run, id=wandb_id, resume="allow", dir=str(out),
-                                        config=asdict(flags), settings=wandb.Settings(init_timeout=60))
+                self.wandb = wandb.init(project="chat_rl", name=run.flags.run, id=run.meta["wandb_id"], resume="allow",
+                                        dir=str(run.out), config=asdict(run.flags), settings=wandb.Settings(init_timeout=20))
                 self.wandb.define_metric("*", step_metric="step")
             except Exception as error:      # no network, no account, no disk: none of them is worth the run
                 say(f"warning: no W&B ({gpt.one_line(error)}); the run goes on, its figures are in {self.path}. "
@@ -502,9 +544,10 @@ class Log:
                        lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows))
         if self.wandb:
             import wandb
-            columns = ["question", "reference", "completion", "reward"]
-            data = [[row["question"], row["reference"], *pair] for row in rows for pair in zip(row["completions"], row["rewards"])]
-            self.wandb.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
+            data = [[row["question"], row["reference"], *answer]
+                    for row in rows for answer in zip(row["completions"], row["rewards"])]
+            table = wandb.Table(columns=["question", "reference", "completion", "reward"], data=data)
+            self.wandb.log({"step": step, "samples": table})
         row = max(rows, key=lambda row: len({reward >= 1 for reward in row["rewards"]}))
         say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
         for title, right in (("right", True), ("wrong", False)):
@@ -599,8 +642,7 @@ def teach(model: GPT, tokenizer: Tokenizer, task: Any, steps: int, size: int) ->
             groups.append(Group(example, tokenizer.render(example["question"]), [answer], [1.0], [1.0]))
         gradient.zero_()
         backward(model, groups, sum(len(g.completions[0].tokens) for g in groups), flags)
-        for optimizer in optimizers:
-            optimizer.step()
+        step_optimizers(optimizers, 1.0)
 
 
 def make_starter(folder: Path, flags: Flags) -> None:
@@ -614,20 +656,6 @@ def make_starter(folder: Path, flags: Flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-@dataclass
-class Run:
-    """All that a run consists of, the same on every rank."""
-    flags: Flags
-    task: Any
-    model: GPT
-    tokenizer: Tokenizer
-    meta: dict                              # what every checkpoint's meta file says: model config, flags, W&B id
-    out: Path
-    num_steps: int
-    step: int = 0                           # updates done
-    training: dict | None = None            # of a resumed run: the optimizers' states and the float32 weights
 
 
 def find_checkpoint(tag: str | None, base: Path) -> Path:
@@ -656,6 +684,8 @@ def find_resumable(out: Path, device: torch.device, dtype: torch.dtype) -> tuple
             return model, tokenizer, meta, torch.load(path, map_location=device, weights_only=True)
         except UserError as error:
             say(f"passing over step {step}: {error}")
+        except Exception as error:          # damaged files fail in many ways
+            say(f"passing over step {step}: {path} cannot be loaded: {gpt.one_line(error)}")
     return None
 
 
@@ -735,31 +765,8 @@ def save(run: Run, optimizers: list[torch.optim.Optimizer]) -> None:
         raise UserError(f"cannot save to {run.out} ({gpt.one_line(error)}): free some space and go on with --resume") from error
 
 
-def questions_of_step(run: Run, step: int) -> list[dict]:
-    """The training questions of a step: each epoch goes through them in an order of its own."""
-    size = run.flags.examples_per_step
-    epoch, place = divmod(step, len(run.task.train) // size)
-    generator = torch.Generator().manual_seed(int(gpt.fold(run.flags.seed, epoch)))
-    order = torch.randperm(len(run.task.train), generator=generator)
-    return [run.task.train[i] for i in order[place * size:(place + 1) * size].tolist()]
-
-
-def summarize(groups: list[Group], flags: Flags, ranks: Ranks) -> tuple[dict, int, int]:
-    """Metrics of a step's rollout over all ranks, the number of its tokens, and the number of those that were sampled."""
-    completions = [c for g in groups for c in g.completions]
-    sums = ranks.sum([
-        sum(sum(g.rewards) for g in groups), sum(min(g.rewards) >= 1 for g in groups), sum(max(g.rewards) < 1 for g in groups),
-        sum(len(c.tokens) for c in completions), sum(len(c.tokens) == flags.max_new_tokens for c in completions),
-        sum(sum(c.mask) for c in completions), sum(sum(c.logprobs) for c in completions)])
-    reward, right, wrong, tokens, truncated, sampled, logprob = sums
-    questions, answers = flags.examples_per_step, flags.examples_per_step * flags.num_samples
-    metrics = {"reward": reward / answers, "all_right": right / questions, "all_wrong": wrong / questions,
-               "completion_length": tokens / answers, "truncated": truncated / answers, "entropy": -logprob / sampled}
-    return metrics, int(tokens), int(sampled)
-
-
 def evaluate_and_log(run: Run, log: Log | None, ranks: Ranks) -> None:
-    metrics, groups = evaluate(run.model, run.tokenizer, run.task, run.flags, ranks)
+    metrics, groups = evaluate(run, ranks)
     if metrics:
         say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
         log.write({"step": run.step, **metrics})
@@ -767,29 +774,42 @@ def evaluate_and_log(run: Run, log: Log | None, ranks: Ranks) -> None:
         log.plot()
 
 
-def train(run: Run, ranks: Ranks) -> None:
-    """The algorithm. Ends early, with the last completed step saved, when a rank is told to stop."""
+def make_learner(run: Run) -> tuple[list[torch.optim.Optimizer], Tensor]:
+    """The optimizers and the gradient buffer, as a resumed run left them."""
     flags, model = run.flags, run.model
     optimizers = gpt.make_optimizers(model, flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay)
     if run.training:
         model.load_state_dict(run.training["masters"], strict=False)
         for optimizer, state in zip(optimizers, run.training["optimizers"]):
             optimizer.load_state_dict(state)
-    gradient = gradient_buffer(model)
-    log = Log(run.out, flags, run.step, run.meta["wandb_id"]) if ranks.rank == 0 else None
-    saved, failures, started, first = run.step, 0, time.monotonic(), run.step
+    return optimizers, gradient_buffer(model)
+
+
+def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
+    row = (f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
+           f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(seconds_left))}")
+    return row if math.isfinite(metrics["grad_norm"]) else row + "  the gradient is not finite: step left out"
+
+
+def train(run: Run, ranks: Ranks) -> None:
+    """The algorithm. Ends early, with the last completed step saved, when a rank is told to stop."""
+    flags, model = run.flags, run.model
+    optimizers, gradient = make_learner(run)
+    log = Log(run) if ranks.rank == 0 else None
+    saved, failures, first, started = run.step, 0, run.step, time.monotonic()
     ranks.listen()
     while run.step < run.num_steps:
         if run.step % flags.eval_every == 0:
             evaluate_and_log(run, log, ranks)
+
         begun = time.monotonic()
         questions = questions_of_step(run, run.step)[ranks.rank::ranks.size]
-        groups = ranks.attempt(rollout, model, run.tokenizer, run.task, questions, flags.num_samples, flags.temperature,
-                               int(gpt.fold(flags.seed, TRAINING, run.step)), flags, f"step {run.step}")
+        seed = int(gpt.fold(flags.seed, TRAINING, run.step))
+        groups = ranks.attempt(rollout, run, questions, flags.num_samples, flags.temperature, seed, f"step {run.step}")
         if ranks.stopping():
             break
-        metrics, num_tokens, num_sampled = summarize(groups, flags, ranks)
-        rolled_out = time.monotonic()
+        metrics, num_tokens, num_sampled = summarize(run, groups, ranks)
+        sampled = time.monotonic()
 
         gradient.zero_()
         result = ranks.attempt(backward, model, groups, num_sampled, flags)
@@ -799,23 +819,19 @@ def train(run: Run, ranks: Ranks) -> None:
         norm = ranks.sum_(gradient).norm().item()
         lrm = 1 - run.step / run.num_steps
         if learned and math.isfinite(norm):
-            set_rates(optimizers, flags.init_lr_frac * lrm)
-            for optimizer in optimizers:
-                optimizer.step()
+            step_optimizers(optimizers, flags.init_lr_frac * lrm)
         failures = 0 if math.isfinite(norm) else failures + 1
         done = time.monotonic()
 
-        metrics |= {"grad_norm": norm, "lrm": lrm, "sampler_gap": gap / learned if learned else 0.0,
-                    "tokens_per_second": num_tokens / (rolled_out - begun), "rollout_seconds": rolled_out - begun,
-                    "update_seconds": done - rolled_out}
-        left = timedelta(seconds=round((done - started) / (run.step + 1 - first) * (run.num_steps - run.step - 1)))
-        say(f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  left {left}" + ("" if math.isfinite(norm) else "  gradient not finite: step left out"))
+        metrics |= {"grad_norm": norm, "lrm": lrm, "sampler_gap": gap / max(learned, 1), "rollout_seconds": sampled - begun,
+                    "update_seconds": done - sampled, "tokens_per_second": num_tokens / (sampled - begun)}
+        seconds = (done - started) / (run.step + 1 - first) * (run.num_steps - run.step - 1)
+        say(step_row(run, metrics, seconds))
         if log:
             log.write({"step": run.step, **metrics})
         if failures == 5:
-            raise UserError("the gradient was not finite five times in a row: lower the learning rates, and go on with --resume "
-                            "from the last checkpoint")
+            raise UserError("the gradient was not finite five times in a row, and nothing more is saved: look at the rewards, "
+                            "lower the learning rates, and go on from the last checkpoint with --resume")
         run.step += 1
         if run.step % flags.save_every == 0 or run.step == run.num_steps:
             saved = run.step
@@ -823,15 +839,18 @@ def train(run: Run, ranks: Ranks) -> None:
                 save(run, optimizers)
     else:
         evaluate_and_log(run, log, ranks)
-    if log and ranks.signalled and saved < run.step:
-        save(run, optimizers)
     if log:
+        if saved < run.step:
+            save(run, optimizers)
         log.plot()
         log.close()
-        say(f"stopped after step {run.step}: go on with --resume" if ranks.signalled else f"saved in {run.out}")
+        stopped = run.step < run.num_steps
+        say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume" if stopped else f"saved in {run.out}")
 
 
 def main(argv: list[str]) -> int:
+    """Runs, and returns the exit status: 2 where something was amiss from the start, 1 where it went wrong later."""
+    status = 2
     try:
         given = parse_flags(argv)
         ranks = Ranks(given.get("device_type", ""))
@@ -842,17 +861,15 @@ def main(argv: list[str]) -> int:
         run = ranks.share(run)
         if isinstance(run, UserError):
             raise run
-    except UserError as error:
-        if main_rank():
-            print(f"chat_rl: {error}", file=sys.stderr)
-        return 2
-    try:
+        status = 1
         train(run, ranks)
-    except UserError as error:
+        status = 0
+    except (UserError, OSError) as error:
         if main_rank():
             print(f"chat_rl: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

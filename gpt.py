@@ -15,6 +15,7 @@ import operator
 import os
 import pickle
 import re
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from decimal import Decimal
@@ -332,15 +333,16 @@ class Cache:
         """One softmax over the shared and the own part: q (B, T, H, D), k and v (B, T, G, D) -> (B, T, C)."""
         (B, T, H, D), G = q.shape, k.size(2)
         k, v = self.append(layer, k, v)
-        q = q.transpose(1, 2).reshape(B, G, -1, D)                                            # (B, G, R·T, D)
+        q = q.transpose(1, 2).reshape(B, G, H // G * T, D)
         scores = q @ k.mT
         if self.prefix is not None:
             shared = self.to_rows(self.to_groups(q) @ self.prefix.keys[layer].mT)
             scores = torch.cat([shared, scores], dim=-1)
-        weights = (scores.view(B, G, H // G, T, -1) + mask).softmax(dim=-1).view_as(scores)
-        y = weights[..., -k.size(2):] @ v
+        weights = (scores.view(B, G, H // G, T, scores.size(-1)) + mask).softmax(dim=-1).view_as(scores)
+        Lp = scores.size(-1) - k.size(2)
+        y = weights[..., Lp:] @ v
         if self.prefix is not None:
-            y = y + self.to_rows(self.to_groups(weights[..., :-k.size(2)]) @ self.prefix.values[layer])
+            y = y + self.to_rows(self.to_groups(weights[..., :Lp]) @ self.prefix.values[layer])
         return y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
     def drop(self, stopped: Tensor) -> Tensor:
@@ -542,12 +544,13 @@ def calculate(expression: str) -> str | None:
     """What nanochat's calculator answers, to ten significant digits and without a trailing `.0`; None where it has no
     answer. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
-    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression) and "**" not in expression
+    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
     counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
     if len(expression) > 200 or not (arithmetic or counting):
         return None
     try:
-        value = evaluate(ast.parse(expression, mode="eval").body)
+        with warnings.catch_warnings(action="ignore"):      # the parser's, on what only looks like a number
+            value = evaluate(ast.parse(expression, mode="eval").body)
         if not math.isfinite(value):
             return None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
@@ -568,6 +571,7 @@ class Tokenizer:
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
         for name in self.SPECIAL:
             setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
+        self.stops = (self.assistant_end, self.bos)         # either ends the model's turn
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids. What looks like a special token in it is plain text."""
@@ -606,7 +610,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer beside a checkpoint, or two folders up in tokenizer/. Raises UserError, naming the file."""
-    beside, above = Path(directory) / "tokenizer.pkl", Path(directory).absolute().parents[1] / "tokenizer" / "tokenizer.pkl"
+    directory = Path(directory).absolute()
+    beside, above = directory / "tokenizer.pkl", directory.parent.parent / "tokenizer" / "tokenizer.pkl"
     path = beside if beside.exists() else above
     if not path.exists():
         raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
@@ -671,6 +676,8 @@ def load_checkpoint(directory: str | Path, step: int | None = None, device: str 
 def build(config: Config, state: dict[str, Tensor], dtype: torch.dtype) -> GPT:
     """The model that a state dict belongs to. Raises UserError, naming the key, on one that is none of nanochat's."""
     rows = state["transformer.wte.weight"].shape[0] if "transformer.wte.weight" in state else None
+    if rows and rows < config.vocab_size:
+        raise UserError(f"transformer.wte.weight has {rows} rows for {config.vocab_size} tokens")
     with torch.device("meta"):
         model = GPT(config, detect_generation(state), rows, dtype)
     expected = model.state_dict()

@@ -38,7 +38,8 @@ def seconds(work: Callable, repeat: int = 3) -> float:
 
 def make_model(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
     """A model that can sample any token at any place."""
-    config = gpt.Config(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=width // 64, n_kv_head=width // 64, n_embd=width)
+    heads = width // 64
+    config = gpt.Config(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
     model = gpt.GPT(config, dtype=dtype).init_weights(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -82,8 +83,9 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     model, tokenizer = make_model(depth, width, device, dtype), endless_tokenizer()
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
-    big = torch.randn(4096 if device.type == "cuda" else 2048, 4096 if device.type == "cuda" else 2048, device=device, dtype=dtype)
-    peak = 2 * big.size(0) ** 3 / seconds(lambda: big @ big, 10)
+    size = 8192 if device.type == "cuda" else 2048
+    big = torch.randn(size, size, device=device, dtype=dtype)
+    peak = 2 * size ** 3 / seconds(lambda: big @ big, 10)
     print(f"\nd{depth}, {width} wide, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
           f"a large matrix product runs at {peak / 1e9:,.0f} GFLOP/s")
 
@@ -92,16 +94,16 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
 
     bound, plain = peak / matmul_flops(model), P * N * NEW / seconds(lambda: plain_rollout(model, prompts), 1)
     rate = P * N * NEW / seconds(rollout)
-    print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   plain {plain:7,.0f} (x{rate / plain:.1f})")
+    print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
+          f"plain {plain:7,.0f} (x{rate / plain:.1f})")
 
     flags = chat_rl.Flags()
     completions = rollout()
     groups = [chat_rl.Group({}, prompt, answers, [], torch.randn(N, generator=generator).tolist())
               for prompt, answers in zip(prompts, completions)]
     optimizers, gradient = gpt.make_optimizers(model), chat_rl.gradient_buffer(model)
-    chat_rl.set_rates(optimizers, 1e-6)
     update = seconds(lambda: chat_rl.backward(model, groups, P * N * NEW, flags), 1)
-    step = seconds(lambda: [optimizer.step() for optimizer in optimizers])
+    step = seconds(lambda: chat_rl.step_optimizers(optimizers, 1e-6))
     tokens = P * N * NEW
     print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound / 3:9,.0f} ({tokens / update / bound * 3:.0%})   "
           f"optimizers {step / (tokens / rate + update + step):.1%} of a step")
@@ -144,8 +146,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {dtype}")
     for depth, width in ((4, 256), (8, 512)):
         measure(depth, width, device, dtype)
-    peak = torch.cuda.max_memory_allocated() / 2 ** 10 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"\npeak memory {peak / 2 ** 10:,.0f} MiB")
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
+    print(f"\npeak memory {peak / 2 ** 20:,.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)             # two that spin on tiny operations crawl where another process runs
 
 import chat_rl  # noqa: E402
 import gpt  # noqa: E402
@@ -68,7 +68,7 @@ def environment(base: Path, **more: str) -> dict:
 
 def command(*flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py") -> list[str]:
     """The command line of a run; under torchrun where ranks are given."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"] if ranks else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return [sys.executable, *torchrun, str(script), *map(str, flags)]
 
 

@@ -82,8 +82,8 @@ def test_same_completions_in_any_batch_and_on_any_ranks(base):
                 assert mine.get(key) == other.get(key)
 
 
-STEP_KEYS = ["step", "reward", "all_right", "all_wrong", "completion_length", "truncated", "entropy", "grad_norm", "lrm", "sampler_gap",
-             "tokens_per_second", "rollout_seconds", "update_seconds"]
+STEP_KEYS = ["step", "reward", "all_right", "all_wrong", "completion_length", "truncated", "entropy", "grad_norm", "lrm",
+             "sampler_gap", "tokens_per_second", "rollout_seconds", "update_seconds"]
 
 
 def test_what_a_run_writes(base, capsys):
@@ -91,9 +91,11 @@ def test_what_a_run_writes(base, capsys):
     model, tokenizer, meta = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, tokenizer, meta)
-    assert main(base, *LIVELY, "--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--device-batch-size=4") == 0
+    flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--device-batch-size=4"]
+    assert main(base, *LIVELY, *flags) == 0
     printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
-    saved = {f"{kind}_00000{step}.{end}" for step in (3, 4) for kind, end in (("model", "pt"), ("meta", "json"), ("optim", "pt"))}
+    saved = {name.format(step) for step in (3, 4)
+             for name in ("model_00000{}.pt", "meta_00000{}.json", "optim_00000{}.pt")}
     assert {path.name for path in out.iterdir()} == saved | {
         "tokenizer.pkl", "metrics.jsonl", "curve.png", *(f"samples_00000{step}.jsonl" for step in (0, 2, 4))}
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -106,12 +108,13 @@ def test_what_a_run_writes(base, capsys):
     assert all(sorted(line) == sorted(STEP_KEYS) for line in steps)
     assert [line["lrm"] for line in steps] == [1.0, 0.75, 0.5, 0.25]
     for line in steps:
-        assert line["sampler_gap"] < 1e-5 and 0 <= line["truncated"] <= 1 <= line["completion_length"] <= 6 and line["entropy"] > 0
+        assert line["sampler_gap"] < 1e-5 and line["entropy"] > 0
+        assert 0 <= line["truncated"] <= 1 <= line["completion_length"] <= 6
         assert 0 <= line["reward"] <= 1 and line["all_right"] + line["all_wrong"] < 1 and line["grad_norm"] > 0
     for line in lines:
         if "greedy" in line:
             rows = samples(base, line["step"], "gpu")
-            assert all(sorted(row) == ["completions", "question", "reference", "rewards"] for row in rows) and len(rows) == 7
+            assert [sorted(row) for row in rows] == [["completions", "question", "reference", "rewards"]] * 7
             assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
             right = [row["completions"].count(row["reference"]) for row in rows]
             assert right == [sum(row["rewards"]) for row in rows]
@@ -123,9 +126,10 @@ def test_what_a_run_writes(base, capsys):
     first = torch.load(base / "chatsft_checkpoints" / "gpu" / "model_000005.pt", weights_only=True)
     last = weights(base, 4, "gpu")
     assert [(key, x.dtype, x.shape) for key, x in first.items()] == [(key, x.dtype, x.shape) for key, x in last.items()]
-    assert first["transformer.wte.weight"].dtype == torch.bfloat16 and not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
+    assert first["transformer.wte.weight"].dtype == torch.bfloat16
+    assert not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
     for step in (3, 4):
-        loaded, again, meta_of_step = gpt.load_checkpoint(out, step)
+        _, again, meta_of_step = gpt.load_checkpoint(out, step)
         assert meta_of_step["step"] == step and meta_of_step["model_config"] == meta["model_config"]
         assert (meta_of_step["flags"]["max_steps"], meta_of_step["flags"]["temperature"]) == (4, 1.0)
         assert again.render("1 + 1") == tokenizer.render("1 + 1")
@@ -153,7 +157,7 @@ def test_a_second_run_keeps_the_first(base, capsys):
 
 
 def test_greedy_accuracy_and_pass_at_1_by_hand(base):
-    """The evaluation's figures are those of the SFT model's own greedy and sampled answers to the first test questions."""
+    """The evaluation's figures are those of the model's greedy and sampled answers to the first test questions."""
     assert main(base, *SMALL, "--max-steps=0", "--eval-examples=40", "--device-batch-size=3") == 0
     model, tokenizer, _ = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
     rows, line = chat_rl.Arithmetic(chat_rl.Flags()).test[:40], metrics(base)[0]
@@ -164,7 +168,7 @@ def test_greedy_accuracy_and_pass_at_1_by_hand(base):
     assert line["pass@1"] == pytest.approx(sum(sum(row["rewards"]) for row in samples(base, 0)) / 120)
 
 
-def test_model_tag_may_be_a_folder(base, tmp_path):
+def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
     """A folder with a model and its tokenizer inside runs from anywhere, and its name becomes the tag."""
     folder = tmp_path / "elsewhere" / "published-model"
     shutil.copytree(base / "chatsft_checkpoints" / "adder", folder)
@@ -173,6 +177,8 @@ def test_model_tag_may_be_a_folder(base, tmp_path):
     assert main(base, *SMALL, f"--model-tag={folder}", "--max-steps=1") == 0
     assert len(metrics(base, "published-model")) == 3 and weights(base, 1, "published-model")
     assert sorted(folder.iterdir()) == before
+    monkeypatch.chdir(folder)
+    assert main(base, *SMALL, "--model-tag=.", "--max-steps=0") == 0 and len(metrics(base, "published-model")) == 1
 
 
 def test_the_default_tag_is_the_largest(base):
@@ -186,7 +192,7 @@ def test_the_default_tag_is_the_largest(base):
 
 
 def gsm8k_rows(n: int) -> list[dict]:
-    return [{"question": f"What is {i} + 3?", "answer": f"It is <<{i}+3={i + 3}>>{i + 3}.\n#### {i + 3}"} for i in range(n)]
+    return [{"question": f"What is {i} + 3?", "answer": f"<<{i}+3={i + 3}>>{i + 3}.\n#### {i + 3}"} for i in range(n)]
 
 
 def write_data(folder: Path, train: list[dict], test: list[dict]) -> Path:
@@ -197,7 +203,7 @@ def write_data(folder: Path, train: list[dict], test: list[dict]) -> Path:
 
 
 def test_gsm8k_from_a_local_folder(base, capsys):
-    """Questions come from a local folder, the test ones in shuffle(seed=42) order; those too long are left out and counted."""
+    """Questions come from a local folder, tests in shuffle(seed=42) order; those too long are left out and counted."""
     import datasets
     long = {"question": "a" * 200, "answer": "#### 1"}
     data = write_data(base / "data", [*gsm8k_rows(20), long], [*gsm8k_rows(12), long, long])
@@ -206,13 +212,14 @@ def test_gsm8k_from_a_local_folder(base, capsys):
     assert main(base, *flags, "--examples-per-step=10") == 0
     printed = capsys.readouterr().out
     assert "1 of 21 train questions" in printed and "2 of 14 test questions" in printed
-    assert [line["step"] for line in metrics(base) if "reward" in line] == [0, 1, 2, 3]         # two epochs of 20 questions
+    assert [line["step"] for line in metrics(base) if "reward" in line] == [0, 1, 2, 3]     # two epochs of 20
     shuffled = datasets.load_dataset("json", data_files=str(data / "test.jsonl"), split="train").shuffle(seed=42)
     wanted = [row["question"] for row in shuffled if row["question"] != long["question"]][:9]
     assert [row["question"] for row in samples(base, 0)] == wanted
 
 
-@pytest.mark.parametrize("more", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "online", "WANDB_API_KEY": "bad"}], ids=["offline", "no account"])
+@pytest.mark.parametrize("more", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "online", "WANDB_API_KEY": "bad"}],
+                         ids=["offline", "no account"])
 def test_weights_and_biases(base, more):
     """W&B keeps an offline run in the run's folder; one that cannot be used warns, and the run goes on."""
     done = run(base, *SMALL, "--max-steps=1", "--run=x", HOME=str(base), **more)
@@ -235,21 +242,20 @@ def refusal(base: Path, capsys, *flags: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--model-tag=d99"], ["d99", "adder"]), (["--model-tag=/no/such/folder"], ["/no/such/folder", "adder"]),
-    (["--model-step=3"], ["3", "150"]), (["--num-samples=1"], ["--num-samples", "2"]), (["--temperature=0"], ["--temperature"]),
-    (["--temperature=-1"], ["--temperature"]), (["--temperature=nan"], ["--temperature"]), (["--temperature=inf"], ["--temperature"]),
-    (["--matrix-lr=-1"], ["--matrix-lr"]), (["--matrix-lr=inf"], ["--matrix-lr"]), (["--top-k=-1"], ["--top-k"]),
-    (["--max-steps=-1"], ["--max-steps"]), (["--device-batch-size=0"], ["--device-batch-size"]), (["--eval-every=0"], ["--eval-every"]),
-    (["--save-every=0"], ["--save-every"]), (["--max-new-tokens=0"], ["--max-new-tokens"]), (["--eval-examples=0"], ["--eval-examples"]),
-    (["--rollout-batch-size=-1"], ["--rollout-batch-size"]), (["--examples-per-step=0"], ["--examples-per-step"]),
-    (["--num-epochs=0"], ["--num-epochs"]), (["--dtype=float16"], ["float16"]), (["--device-type=tpu"], ["tpu"]), (["--task=chess"], ["chess"]),
-    (["--no-such-flag"], ["--no-such-flag"]), (["--num-samples=two"], ["--num-samples", "two"]), (["--seed=1" + "0" * 30], ["--seed"]),
-    (["--max-new-tokens=128"], ["--max-new-tokens"]), (["--examples-per-step=100000"], ["--examples-per-step"])],
-    ids=lambda value: value[0] if value[0].startswith("--") else "")
-def test_bad_flags(base, capsys, flags, words):
+@pytest.mark.parametrize("flag, words", [
+    *((flag, [flag.split("=")[0]]) for flag in (
+        "--num-samples=1", "--temperature=0", "--temperature=-1", "--temperature=nan", "--temperature=inf",
+        "--matrix-lr=-1",
+        "--matrix-lr=inf", "--top-k=-1", "--max-steps=-1", "--device-batch-size=0", "--eval-every=0", "--save-every=0",
+        "--max-new-tokens=0", "--max-new-tokens=128", "--eval-examples=0", "--rollout-batch-size=-1",
+        "--examples-per-step=0",
+        "--examples-per-step=100000", "--num-epochs=0", "--seed=1" + "0" * 30, "--no-such-flag", "--num-samples=two")),
+    ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
+    ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
+    ("--task=chess", ["chess"])], ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_flags(base, capsys, flag, words):
     """A flag that is out of range, or names what is not there, ends the run with status 2 and one line that says so."""
-    text = refusal(base, capsys, *SMALL, *flags)
+    text = refusal(base, capsys, *SMALL, flag)
     assert all(word in text for word in words), text
 
 
@@ -275,20 +281,25 @@ def truncate(folder: Path) -> None:
 
 
 def make_foreign(folder: Path) -> None:
-    (folder / "meta_000150.json").write_text(json.dumps({"model_config": json.loads((folder / "meta_000150.json").read_text())["model_config"]}))
-    path = folder / "model_000150.pt"
+    meta, path = folder / "meta_000150.json", folder / "model_000150.pt"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "sha256": {}}))
     torch.save({**torch.load(path, weights_only=True), "bigram_embed.weight": torch.zeros(1)}, path)
+
+
+def make_dangerous(folder: Path) -> None:
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Touch(folder / "touched")))
 
 
 def swap_tokenizer(folder: Path) -> None:
     special = {f"<|{name}|>": 400 + i for i, name in enumerate(gpt.Tokenizer.SPECIAL)}
     ranks = {bytes([i]): i for i in range(256)}
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)))
+    encoding = tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
 
 
 @pytest.mark.parametrize("damage, words", [
-    (truncate, ["model_000150.pt"]), (make_foreign, ["model_000150.pt", "bigram_embed.weight"]), (swap_tokenizer, ["409", "265"]),
-    (lambda folder: (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Touch(folder / "touched"))), ["tokenizer.pkl", "system"]),
+    (truncate, ["model_000150.pt"]), (make_foreign, ["model_000150.pt", "bigram_embed.weight"]),
+    (swap_tokenizer, ["409", "265"]), (make_dangerous, ["tokenizer.pkl", "system"]),
     (lambda folder: (folder / "tokenizer.pkl").unlink(), ["tokenizer.pkl"]),
     (lambda folder: (folder / "meta_000150.json").write_text("{"), ["meta_000150.json"]),
     (lambda folder: (folder / "meta_000150.json").unlink(), ["adder"])],
@@ -307,17 +318,20 @@ ROWS = gsm8k_rows(9)
 
 @pytest.mark.parametrize("train, test, words", [
     ([], ROWS, ["--data"]), (ROWS, [], ["--data"]), ([], [], ["--data"]),
-    ([*ROWS, {"question": "?"}], ROWS, ["row 9", "train", "answer"]), ([*ROWS[:4], {"answer": "#### 1"}], ROWS, ["row 4", "train", "question"]),
-    ([{"question": "?"}] * 9, [{"question": "?"}] * 9, ["row 0", "train", "answer"]), ([{"question": "?"}] * 9, ROWS, ["--data"]),
+    ([*ROWS, {"question": "?"}], ROWS, ["row 9", "train", "answer"]),
+    ([*ROWS[:4], {"answer": "#### 1"}], ROWS, ["row 4", "train", "question"]),
+    ([{"question": "?"}] * 9, [{"question": "?"}] * 9, ["row 0", "train", "answer"]),
+    ([{"question": "?"}] * 9, ROWS, ["--data"]),
     ([*ROWS, {"question": "?", "answer": "5"}], ROWS, ["row 9", "train", "####"]),
     ([*ROWS, {"question": "?", "answer": "#### five"}], ROWS, ["row 9", "train", "####"]),
     (ROWS, [*ROWS[:3], {"question": "?", "answer": "none"}, *ROWS[3:]], ["row 3", "test", "####"]),
     (ROWS, [*ROWS[:3], {"question": "?"}, *ROWS[3:]], ["row 3", "test", "answer"]),
     (ROWS, None, ["--data"]), (None, None, ["--data"])],
-    ids=["no train rows", "no test rows", "no rows", "no answer", "no question", "no answers", "other columns", "no mark", "no number",
-         "no mark in test", "no answer in test", "no test file", "no files"])
+    ids=["no train rows", "no test rows", "no rows", "no answer", "no question", "no answers", "other columns",
+    "no mark",
+         "no number", "no mark in test", "no answer in test", "no test file", "no files"])
 def test_bad_data(base, capsys, train, test, words):
-    """Data that is not there says how to use a local folder; a row that lacks something is named by its place in its file."""
+    """Data that is not there says how to use a local folder; a row that lacks something is named by its place."""
     (base / "data").mkdir()
     for name, rows in (("train", train), ("test", test)):
         if rows is not None:

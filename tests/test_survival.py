@@ -10,8 +10,8 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from decimal import Decimal
@@ -20,17 +20,19 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat_rl, command, environment, gpt, metrics, run, weights
+from conftest import ROOT, SMALL, chat_rl, environment, gpt, metrics, run, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 STEPS = 12
 RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=5", "--save-every=1", "--keep-last=20"]
+TWO = ("--standalone", "--nproc-per-node=2")
 FAST = dict(deadline=None, derandomize=True)
 
 # Runs chat_rl several times in one process: argv[1] is a list of [file size limit or null, environment, flags].
 SEVERAL = """
 import json, os, resource, sys, traceback
+sys.stderr = sys.stdout
 sys.path.insert(0, os.environ["ROOT"])
 import chat_rl
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -41,7 +43,6 @@ for limit, environment, flags in json.loads(sys.argv[1]):
         status = chat_rl.main(flags)
     except BaseException:
         status = traceback.format_exc()
-    sys.stderr.flush()
     print("\\n===", json.dumps(status), flush=True)
 """
 
@@ -100,14 +101,12 @@ def family(base: Path) -> dict[int, dict]:
 
 
 @contextmanager
-def started(base: Path, *flags: str, arguments: list[str] = (), **more):
-    """A process of chat_rl.py, or torchrun's with its options in `arguments`. In the end none of them is left."""
-    environ = {key: more.pop(key) for key in list(more) if key.isupper()}
-    line = command(*flags, **more)
-    if arguments:
-        line[3:3] = arguments
+def started(base: Path, *flags: str, torchrun: tuple = (), script: Path = ROOT / "chat_rl.py", **more: str):
+    """A process of chat_rl.py; that of torchrun where it is given torchrun's options. In the end none of them is left."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     with open(base / "out.txt", "w") as out:
-        process = subprocess.Popen(line, env=environment(base, **environ), cwd=base, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *launcher, str(script), *map(str, flags)], cwd=base, stdout=out,
+                                   stderr=subprocess.STDOUT, env=environment(base, ROOT=str(ROOT), **more))
     try:
         yield process
     finally:
@@ -129,6 +128,12 @@ def ended(process: subprocess.Popen, base: Path, seconds: float) -> int:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         pytest.fail(f"it has not ended after {seconds} s:\n{output(base)}")
+
+
+def finish(base: Path, *flags: str, **more) -> None:
+    """Runs to the end."""
+    with started(base, *flags, **more) as process:
+        assert ended(process, base, 120) == 0, output(base)
 
 
 def out(base: Path, tag: str = "adder") -> Path:
@@ -174,10 +179,9 @@ def several(base: Path, *runs: tuple, script: str = SEVERAL) -> list[tuple[str, 
     runs = [[*part, *[None, {}][len(part) - 1:]] for part in runs]
     runs = [[limit, variables, [str(flag) for flag in flags]] for flags, limit, variables in runs]
     (base / "several.py").write_text(script)
-    with started(base, json.dumps(runs), script=base / "several.py", ROOT=str(ROOT)) as process:
-        assert ended(process, base, 200) == 0, output(base)
-    said, *parts = re.split(r"^=== (.*)\n", output(base), flags=re.MULTILINE)
-    assert len(parts) == 2 * len(runs), output(base)
+    done = run(base, json.dumps(runs), script=base / "several.py", ROOT=str(ROOT))
+    said, *parts = re.split(r"^=== (.*)\n", done.stdout, flags=re.MULTILINE)
+    assert len(parts) == 2 * len(runs), done.stdout + done.stderr
     return [(json.loads(status), text) for status, text in zip(parts[0::2], [said, *parts[1::2]])]
 
 
@@ -188,7 +192,7 @@ def wholes(adder_base, tmp_path_factory) -> Path:
     model, tokenizer, meta = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "half", 150, model, tokenizer, {"model_config": meta["model_config"]})
-    assert [status for status, _ in several(base, (RUN,), ([*RUN, "--model-tag=half"],))] == [0, 0], output(base)
+    assert [status for status, _ in several(base, (RUN,), ([*RUN, "--model-tag=half"],))] == [0, 0]
     return base
 
 
@@ -196,7 +200,7 @@ def wholes(adder_base, tmp_path_factory) -> Path:
 def pair(adder_base, tmp_path_factory) -> Path:
     """A base folder with the uninterrupted run on 2 ranks."""
     base = Path(shutil.copytree(adder_base, tmp_path_factory.mktemp("pair") / "base"))
-    run(base, *RUN, ranks=2)
+    finish(base, *RUN, torchrun=TWO)
     return base
 
 
@@ -210,6 +214,8 @@ def assert_readable(base: Path, tag: str = "adder") -> None:
     """metrics.jsonl is JSON to its end, and curve.png a picture."""
     for line in (out(base, tag) / "metrics.jsonl").read_text().split("\n")[:-1]:
         json.loads(line, parse_constant=pytest.fail)
+    for path in out(base, tag).glob("samples_*.jsonl"):
+        assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert (out(base, tag) / "metrics.jsonl").read_text().endswith("\n")
     assert matplotlib.image.imread(out(base, tag) / "curve.png").std() > 0
 
@@ -230,7 +236,7 @@ def test_stopped_and_resumed_is_never_stopped(base, wholes):
     status 0 within 10 s, and save the last completed step."""
     flags, script = [*RUN, "--save-every=100", "--resume"], base / "trouble.py"
     script.write_text(TROUBLE)
-    with started(base, *flags, script=script, ROOT=str(ROOT), KIND="hang", STEPS="3") as process:
+    with started(base, *flags, script=script, KIND="hang", STEPS="3") as process:
         wait_for(lambda: "hanging" in output(base), 120, "the rollout of step 3")
         process.send_signal(signal.SIGTERM)
         assert ended(process, base, 10) == 0, output(base)
@@ -255,7 +261,7 @@ def test_second_signal_ends_at_once(base):
     """While the first one is still being obeyed, a second one a second later ends the process."""
     script = base / "trouble.py"
     script.write_text(TROUBLE)
-    with started(base, *RUN, script=script, ROOT=str(ROOT), KIND="hang in save", STEPS="") as process:
+    with started(base, *RUN, script=script, KIND="hang in save", STEPS="") as process:
         wait_for(lambda: "hanging" in output(base), 120, "a save")
         process.send_signal(signal.SIGTERM)
         time.sleep(1.5)
@@ -281,9 +287,10 @@ def kill_at_random(base: Path, kills: int, flags: list[str], seed: int) -> None:
         before = path.stat().st_ino if path.exists() else None
         with started(base, *flags, "--resume") as process:
             wait_for(lambda: path.exists() and path.stat().st_ino != before or process.poll() is not None, 120, "its first step")
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.2))
             if i % 2:
-                wait_for(lambda: any(out(base).glob("*_*.part")) or process.poll() is not None, 60, "a save", pause=0)
+                name = chance.choice(["model", "optim"])
+                wait_for(lambda: any(out(base).glob(f"{name}_*.part")) or process.poll() is not None, 60, "a save", pause=0)
             hits += process.poll() is None
             process.kill()
     assert hits >= kills - 1, output(base)
@@ -319,9 +326,10 @@ def rank(base: Path, number: int) -> int:
 
 def test_ranks_stop_together(base, pair, tmp_path):
     """SIGTERM to torchrun, then to one rank alone, ends both ranks inside 30 s with the last completed step saved; with 2
-    ranks the run goes on bit for bit, with 1 rank within TODO."""
+    ranks the run goes on bit for bit. With 1 rank its change of the weights comes within 1% (measured: 0.06%) in norm, its
+    metrics within 1e-4."""
     flags = [*RUN, "--save-every=100", "--resume"]
-    with started(base, *flags, ranks=2) as process:
+    with started(base, *flags, torchrun=TWO) as process:
         reach(process, base, 2)
         process.send_signal(signal.SIGTERM)
         ended(process, base, 30)                # torchrun's own status is that of a signal
@@ -329,37 +337,34 @@ def test_ranks_stop_together(base, pair, tmp_path):
     assert gpt.checkpoint_steps(out(base)) == [last_step(base) + 1], output(base)
     assert_readable(base)
     alone = Path(shutil.copytree(base, tmp_path / "alone"))
-    with started(base, *flags, ranks=2) as process:
+    with started(base, *flags, torchrun=TWO) as process:
         reach(process, base, 6)
         os.kill(rank(base, 1), signal.SIGTERM)
         assert ended(process, base, 30) == 0, output(base)
     assert gpt.checkpoint_steps(out(base))[1:] == [last_step(base) + 1], output(base)
-    run(base, *flags, ranks=2)
+    finish(base, *flags, torchrun=TWO)
     assert_same_run(base, pair)
     run(alone, *flags)
     start = torch.load(base / "chatsft_checkpoints" / "adder" / "model_000150.pt", weights_only=True)
-    mine, other = weights(alone, STEPS), weights(pair, STEPS)
-    far = sum((mine[k] - other[k]).square().sum() for k in start) ** 0.5 / sum((other[k] - start[k]).square().sum() for k in start) ** 0.5
-    most = max((mine[k] - other[k]).abs().max().item() for k in start)
-    print(f"DISTANCE {far} {most}")
-    for a, b in zip(metrics(alone), metrics(pair)):
-        print({k: (x, b[k]) for k, x in untimed(a).items() if x != b[k]})
+    mine, other, start = (torch.cat([x.flatten() for x in state.values()]) for state in (weights(alone, STEPS), weights(pair, STEPS), start))
+    assert (mine - other).norm() < 0.01 * (other - start).norm()
+    for line, expected in zip(metrics(alone), metrics(pair), strict=True):
+        assert untimed(line) == pytest.approx(untimed(expected), rel=1e-4, abs=1e-5)
 
 
 def test_rank_that_dies_ends_the_run(base):
     """The other rank does not wait for it, and torchrun says which one it was."""
-    with started(base, *RUN, ranks=2) as process:
+    with started(base, *RUN, torchrun=TWO) as process:
         reach(process, base, 2)
         os.kill(rank(base, 1), signal.SIGKILL)
         assert ended(process, base, 40) not in (0, None)
         assert not family(base), "a rank is left"
-    assert "Signal 9" in output(base) or "SIGKILL" in output(base)
-    print(output(base))
+    assert "local_rank: 1" in output(base) and "Signal 9 (SIGKILL)" in output(base)
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(base, pair):
     """With --max-restarts and --resume a run that lost a rank recovers by itself, and ends as if nothing had been."""
-    with started(base, *RUN, "--resume", ranks=2, arguments=["--max-restarts=1"]) as process:
+    with started(base, *RUN, "--resume", torchrun=(*TWO, "--max-restarts=1")) as process:
         reach(process, base, 3)
         os.kill(rank(base, 1), signal.SIGKILL)
         assert ended(process, base, 90) == 0, output(base)
@@ -373,8 +378,8 @@ def test_two_machines(base, pair, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = (["--nnodes=2", f"--node-rank={i}", "--master-addr=127.0.0.1", f"--master-port={port}"] for i in (0, 1))
-    with started(base, *RUN, ranks=1, arguments=first) as one, started(empty, *RUN, ranks=1, arguments=second) as two:
+    first, second = (["--nnodes=2", "--nproc-per-node=1", f"--node-rank={i}", "--master-addr=127.0.0.1", f"--master-port={port}"] for i in (0, 1))
+    with started(base, *RUN, torchrun=first) as one, started(empty, *RUN, torchrun=second) as two:
         assert ended(one, base, 120) == 0, output(base)
         assert ended(two, empty, 30) == 0, output(empty)
     assert_same_run(base, pair)
@@ -391,13 +396,14 @@ def test_full_disk(finished, wholes):
     cut_back(finished, 6)
     flags = [*RUN, "--resume"]
     size = sum(len(line) + 1 for line in (out(finished) / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] < 6)
-    results = several(finished, (flags, 400_000), (flags, size + 100), (flags, 200), (flags,))
-    for place, (status, said) in zip(("checkpoint", "end of metrics.jsonl", "start"), results):
-        assert status == 1 or place == "start" and status == 2, (place, status)
+    results = several(finished, (flags, 400_000), (flags, 200), (flags, size + 100))
+    for place, (status, said) in zip(("checkpoint", "start", "end of metrics.jsonl"), results):
+        assert status == 1, (place, status)
         one_line(said, out(finished), "space")
-    assert results[3][0] == 0 and "passing over" not in results[3][1], results[3]
-    assert_same_run(finished, wholes)
+    assert_readable(finished)
     assert not list(out(finished).glob("*.part"))
+    assert "passing over" not in run(finished, *flags).stdout
+    assert_same_run(finished, wholes)
 
 
 def test_unwritable_folder_and_flags(finished, wholes, tmp_path):
@@ -458,25 +464,32 @@ def test_damaged_files_are_passed_over(finished, wholes):
     assert_same_run(finished, wholes)
 
 
-def test_damaged_last_checkpoint_does_not_cost_the_others(finished, wholes):
+def test_damaged_checkpoint_costs_no_other(finished):
     """A damaged checkpoint is not one of those that --keep-last keeps."""
-    cut_back(finished, 8)
-    shorten(out(finished) / "optim_000008.pt")
+    cut_back(finished, 10)
+    for path in (path for step in (8, 9) for path in out(finished).glob(f"*_{step:06d}.*")):
+        path.unlink()
+    shorten(out(finished) / "optim_000010.pt")
     script = finished / "trouble.py"
     script.write_text(TROUBLE)
-    with started(finished, *RUN, "--keep-last=1", "--save-every=100", "--resume", script=script, ROOT=str(ROOT), KIND="hang", STEPS="7") as process:
-        pass
+    flags = [*RUN, "--keep-last=1", "--save-every=100", "--resume"]
+    with started(finished, *flags, script=script, KIND="hang", STEPS="8") as process:
+        wait_for(lambda: "hanging" in output(finished), 120, "the rollout of step 8")
+        process.send_signal(signal.SIGTERM)
+        assert ended(process, finished, 10) == 0, output(finished)
+    assert chat_rl.find_resumable(out(finished), torch.device("cpu"), torch.float32)[2]["step"] == 8
 
 
 def test_no_bit_of_a_meta_goes_unnoticed(finished, capsys):
-    """A meta file with a bit flipped, wherever, is passed over: it says what the run does."""
+    """A meta file with a bit flipped, wherever, is passed over, unless the flip is in a digest's name: it says what the run
+    does."""
     cut_back(finished, 1)
     path = out(finished) / "meta_000001.json"
     whole, bad = path.read_bytes(), []
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 3]) + whole[place + 1:])
         found = chat_rl.find_resumable(out(finished), torch.device("cpu"), torch.float32)
-        if found and found[2] != json.loads(whole):
+        if found and {**found[2], "sha256": {}} != {**json.loads(whole), "sha256": {}}:
             bad.append(whole[place - 12:place + 12].decode())
     assert not bad, (len(bad), bad)
 
@@ -550,13 +563,13 @@ def test_steps_that_are_not_finite(base, tmp_path):
     """One is left out and said, and the run goes on; five in a row end it with status 1, and nothing more is saved."""
     script = base / "trouble.py"
     script.write_text(TROUBLE)
-    said = run(base, *RUN, script=script, ROOT=str(ROOT), KIND="nan", STEPS="3 5").stdout
-    assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == ["3/12", "5/12"]
-    for before, after, same in ((3, 4, True), (4, 5, False), (5, 6, True)):
+    said = run(base, *RUN, script=script, ROOT=str(ROOT), KIND="nan", STEPS="4 6").stdout
+    assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == ["4/12", "6/12"]
+    for before, after, same in ((4, 5, True), (5, 6, False), (6, 7, True)):
         one, two = weights(base, before), weights(base, after)
         assert all(torch.equal(one[key], two[key]) for key in one) == same
     assert all(tensor.isfinite().all() for tensor in weights(base, STEPS).values())
-    assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (3, 5) for step in range(STEPS)]
+    assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (4, 6) for step in range(STEPS)]
     assert_readable(base)
     done = run(base, *RUN, "--save-every=2", script=script, status=1, ROOT=str(ROOT), KIND="inf", STEPS="1 2 3 4 5 6 7")
     one_line(done.stdout + done.stderr, "not finite", "--resume")
@@ -585,11 +598,11 @@ files = st.one_of(st.lists(rows.map(json.dumps).map(str.encode), min_size=1, max
                   st.lists(st.binary(max_size=20), max_size=3)).map(b"\n".join)
 
 
-@settings(**FAST, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(**FAST, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(train=files, test=files)
 def test_any_jsonl_loads_or_is_refused(cache, tmp_path, train, test):
     """Random train and test files make a task, or an error of one line."""
-    folder = Path(shutil.os.path.join(tmp_path, str(time.monotonic_ns())))
+    folder = tmp_path / str(time.monotonic_ns())
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(train)
     (folder / "test.jsonl").write_bytes(test)

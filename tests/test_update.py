@@ -1,6 +1,7 @@
-"""chat_rl.py's update: its gradient against a plain one, in any batch and on any number of ranks; rewards and advantages."""
+"""chat_rl.py's update: its gradient against a plain one, in any batch and on any ranks; rewards and advantages."""
 import itertools
 import math
+import re
 import shutil
 import statistics
 from copy import deepcopy
@@ -18,10 +19,9 @@ from test_run import main, untimed
 import chat_rl
 import gpt
 from chat_rl import Flags, Group
-from gpt import Completion
 
-QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you say what it is, sixty tokens or so.", "3 + 4",
-             "1 + 1 = ", "Twenty-two characters."]
+QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you say what it is, sixty tokens or so.",
+             "3 + 4", "1 + 1 = ", "Twenty-two characters."]
 REWARDS = [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.5, 0.5], [1.0] * 5, [0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 4 + [0.3]]
 fuzz = settings(deadline=None, derandomize=True, max_examples=300)
 
@@ -37,7 +37,8 @@ def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, flags: Flags) -> list[
     groups = [Group({}, prompt, group, rewards, chat_rl.advantages_of(rewards))
               for prompt, group, rewards in zip(prompts, completions, REWARDS)]
     one, two, three, four, _ = groups[0].completions
-    one.tokens[3:6], one.mask[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], [False] * 3, [0.0] * 3
+    one.tokens[3:6] = [tokenizer.output_start, 55, tokenizer.output_end]
+    one.mask[3:6], one.logprobs[3:6] = [False] * 3, [0.0] * 3
     two.tokens[-2:], two.mask[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], [False] * 2, [0.0] * 2
     three.tokens[1:], three.mask[1:], three.logprobs[1:] = [], [], []
     four.tokens[:], four.mask[:], four.logprobs[:] = [tokenizer.assistant_end], [True], [-1.0]
@@ -159,7 +160,7 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer):
 
 
 def test_gap_is_measured(tokenizer):
-    """backward returns the sum of |sampler − trainer| logprob over the sampled tokens that it learned from, and their number."""
+    """backward returns the sum of |sampler − trainer| logprob over the tokens it learned from, and their number."""
     model, flags = tiny_model(), Flags(temperature=0.8, top_k=20)
     groups = [Group({}, tokenizer.render(question), [], [], [1.0, -1.0]) for question in QUESTIONS]
     for group, completions in zip(groups, gpt.generate(model, tokenizer, [g.prompt for g in groups], 2, 12, 0.8, 20)):
@@ -180,9 +181,11 @@ sys.path.insert(0, os.environ["ROOT"])
 import torch
 import chat_rl
 torch.set_num_threads(1)
+leave, chat_rl.dist.destroy_process_group = chat_rl.dist.destroy_process_group, lambda *args: None
 for size in (1, 3, 8):
     assert chat_rl.main([*sys.argv[1:], f"--model-tag=ranks2-{size}", f"--device-batch-size={size}"]) == 0
-    chat_rl.dist.init_process_group = lambda *args, **more: None        # the process group stays
+    chat_rl.dist.init_process_group = lambda *args, **more: None        # the process group of the first stays for all
+leave()
 """
 
 
@@ -263,23 +266,24 @@ def test_mean_and_error():
 
 
 @pytest.mark.parametrize("text, number", [
-    ("#### 1000", "1000"), ("#### 1,000", "1000"), ("#### 1000.0", "1000"), ("####1000", "1000"), ("#### $5", "5"), ("#### 5.", "5"),
-    ("#### 5.\n", "5"), ("#### -3", "-3"), ("#### +3", "3"), ("#### $1,234.50", "1234.5"), ("#### .5", "0.5"), ("#### 007", "7"),
-    ("#### 1 #### 2", "2"), ("#### 3\n#### 4", "4"), ("so 7\n\n####  8", "8"), ("#### 12345678901234567890123456789012",
-                                                                               "12345678901234567890123456789012"),
+    ("#### 1000", "1000"), ("#### 1,000", "1000"), ("#### 1000.0", "1000"), ("####1000", "1000"), ("#### $5", "5"),
+    ("#### 5.", "5"), ("#### 5.\n", "5"), ("#### -3", "-3"), ("#### +3", "3"), ("#### $1,234.50", "1234.5"),
+    ("#### .5", "0.5"), ("#### 007", "7"), ("#### 1 #### 2", "2"), ("#### 3\n#### 4", "4"), ("so 7\n\n####  8", "8"),
+    ("#### " + "1234567890" * 4, "1234567890" * 4),
     ("", None), ("####", None), ("#### ", None), ("5", None), ("### 5", None), ("#### five", None), ("#### 1.2.3", None),
     ("#### 5 #### ", None), ("#### .", None), ("#### -", None), ("#### $", None), ("#### --5", None), ("#### ٥", None)])
 def test_final_number(text, number):
     """The number after the last ####, commas, a leading $ and a trailing full stop aside; None where there is none."""
     task = object.__new__(chat_rl.GSM8K)
     assert task.final_number(text) == (None if number is None else Decimal(number))
-    for reference, right in ((f"#### {number}", number is not None), (f"#### {number}.0", number is not None and "." not in number),
-                             ("#### 99", False)):
-        assert "None" in reference or task.reward({"answer": reference}, text) == float(right)
+    assert task.reward({"answer": "#### 99"}, text) == 0.0
+    for form in ("{}", "${}", "{:,.2f}") if number else ():
+        assert task.reward({"answer": f"so\n#### {form.format(Decimal(number))}"}, text) == 1.0
 
 
 @fuzz
-@given(st.one_of(st.text(), st.text("#0123456789.,$+-eE_ \n٥½"), st.builds("#### {}".format, st.text("0123456789.,$+-eE \n"))))
+@given(st.one_of(st.text(), st.text("#0123456789.,$+-eE_ \n٥½"),
+                 st.builds("#### {}".format, st.text("0123456789.,$+-eE \n"))))
 def test_numbers_of_any_text(text):
     """No text breaks the reward, and what is taken for a number is finite."""
     task = object.__new__(chat_rl.GSM8K)
@@ -294,7 +298,7 @@ def test_arithmetic_holds_out_both_orders():
     task = chat_rl.Arithmetic(Flags())
 
     def pairs(rows: list[dict]) -> list[tuple[int, int]]:
-        numbers = [tuple(map(int, row["question"].removeprefix("What is ").removesuffix("?").split(" + "))) for row in rows]
+        numbers = [tuple(map(int, re.findall(r"\d+", row["question"]))) for row in rows]
         assert [str(a + b) for a, b in numbers] == [row["answer"] for row in rows]
         return numbers
 
