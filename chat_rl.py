@@ -148,7 +148,11 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.TIMEOUT)
+            # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
+            store, *_ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
+            store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank,
+                                    world_size=self.size, timeout=self.TIMEOUT)
         self.signalled, self.working = 0.0, False
 
     def sum(self, values: list[float]) -> list[float]:
@@ -530,8 +534,13 @@ class Log:
 
     def write(self, metrics: dict) -> None:
         line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError:                     # a full disk: no half lines
+            os.truncate(self.path, size)
+            raise
         if self.wandb:
             self.wandb.log(line)
 
@@ -680,7 +689,10 @@ def find_resumable(out: Path, device: torch.device, dtype: torch.dtype) -> tuple
         try:
             model, tokenizer, meta = gpt.load_checkpoint(out, step, device, dtype)
             gpt.check_digest(path, meta)
-            return model, tokenizer, meta, torch.load(path, map_location=device, weights_only=True)
+            training = torch.load(path, map_location=device, weights_only=True)
+            if training["meta"] != {key: meta.get(key) for key in training["meta"]}:
+                raise UserError(f"{out / f'meta_{step:06d}.json'} is damaged")
+            return model, tokenizer, meta, training
         except UserError as error:
             say(f"passing over step {step}: {error}")
         except Exception as error:          # damaged files fail in many ways
@@ -755,13 +767,16 @@ def make_folder(out: Path, fresh: bool) -> None:
 def save(run: Run, optimizers: list[torch.optim.Optimizer]) -> None:
     """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk refuses."""
     masters = {key: x for key, x in run.model.state_dict().items() if run.model.stored_types.get(key, x.dtype) != x.dtype}
-    training = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "masters": masters}
+    training = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "masters": masters,
+                "meta": {**run.meta, "step": run.step}}
     try:
         gpt.save_checkpoint(run.out, run.step, run.model, run.tokenizer, run.meta, training)
-        for path in sorted(run.out.glob("optim_*.pt"))[:-run.flags.keep_last]:
+        done = [path for path in sorted(run.out.glob("optim_*.pt")) if path.name <= f"optim_{run.step:06d}.pt"]
+        for path in done[:-run.flags.keep_last]:
             path.unlink()
     except (OSError, RuntimeError) as error:        # torch wraps what the disk says in a RuntimeError
-        raise UserError(f"cannot save to {run.out} ({gpt.one_line(error)}): free some space and go on with --resume") from error
+        raise UserError(f"cannot save to {run.out} ({gpt.one_line(error.__context__ or error)}): free some space and go on "
+                        "with --resume") from error
 
 
 def evaluate_and_log(run: Run, log: Log | None, ranks: Ranks) -> None:
@@ -863,7 +878,9 @@ def main(argv: list[str]) -> int:
         status = 1
         train(run, ranks)
         status = 0
-    except (UserError, OSError) as error:
+    except OSError as error:
+        print(f"chat_rl: the run cannot be written ({error}): free some space and go on with --resume", file=sys.stderr)
+    except UserError as error:
         if main_rank():
             print(f"chat_rl: {error}", file=sys.stderr)
     if dist.is_initialized():
