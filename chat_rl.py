@@ -533,7 +533,7 @@ class Log:
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
     def write(self, metrics: dict) -> None:
-        line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
+        line = {key: finite(x) for key, x in metrics.items()}
         size = self.path.stat().st_size
         try:
             with open(self.path, "a") as file:
@@ -547,7 +547,8 @@ class Log:
     def write_samples(self, step: int, groups: list[Group], tokenizer: Tokenizer) -> None:
         """Every completion of an evaluation; prints a question with a right and a wrong one."""
         rows = [{"question": g.example["question"], "reference": g.example["answer"],
-                 "completions": [answer_text(tokenizer, c) for c in g.completions], "rewards": g.rewards} for g in groups]
+                 "completions": [answer_text(tokenizer, c) for c in g.completions],
+                 "rewards": [finite(reward) for reward in g.rewards]} for g in groups]
         gpt.write_file(self.out / f"samples_{step:06d}.jsonl",
                        lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows))
         if self.wandb:
@@ -556,10 +557,10 @@ class Log:
                     for row in rows for answer in zip(row["completions"], row["rewards"])]
             table = wandb.Table(columns=["question", "reference", "completion", "reward"], data=data)
             self.wandb.log({"step": step, "samples": table})
-        row = max(rows, key=lambda row: len({reward >= 1 for reward in row["rewards"]}))
+        row = max(rows, key=lambda row: len({(reward or 0) >= 1 for reward in row["rewards"]}))
         say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
         for title, right in (("right", True), ("wrong", False)):
-            text = next((t for t, reward in zip(row["completions"], row["rewards"]) if (reward >= 1) == right), None)
+            text = next((t for t, reward in zip(row["completions"], row["rewards"]) if ((reward or 0) >= 1) == right), None)
             if text is not None:
                 say(f"  {title}      {shortened(text)}")
 
@@ -599,6 +600,11 @@ class Log:
         say(f"curve   {self.out / 'curve.png'}")
         if self.wandb:
             self.wandb.finish()
+
+
+def finite(x: Any) -> Any:
+    """What JSON can say of x: null where it is infinite or not a number."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def shortened(text: str, width: int = 600) -> str:
@@ -690,7 +696,7 @@ def find_resumable(out: Path, device: torch.device, dtype: torch.dtype) -> tuple
             model, tokenizer, meta = gpt.load_checkpoint(out, step, device, dtype)
             gpt.check_digest(path, meta)
             training = torch.load(path, map_location=device, weights_only=True)
-            if training["meta"] != {key: meta.get(key) for key in training["meta"]}:
+            if training["meta"] != {key: meta.get(key) for key in training["meta"]} or "sha256" not in meta:
                 raise UserError(f"{out / f'meta_{step:06d}.json'} is damaged")
             return model, tokenizer, meta, training
         except UserError as error:
@@ -878,11 +884,11 @@ def main(argv: list[str]) -> int:
         status = 1
         train(run, ranks)
         status = 0
-    except OSError as error:
-        print(f"chat_rl: the run cannot be written ({error}): free some space and go on with --resume", file=sys.stderr)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        full = isinstance(error, OSError) and status == 1
+        hint = f"cannot write to {run.out}: free some space and go on with --resume: " if full else ""
         if main_rank():
-            print(f"chat_rl: {error}", file=sys.stderr)
+            print(f"chat_rl: {hint}{error}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
