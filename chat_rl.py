@@ -890,9 +890,15 @@ def main(argv: list[str]) -> int:
         if main_rank():
             print(f"chat_rl: {hint}{error}", file=sys.stderr)
     if dist.is_initialized():
+        if status == 0:
+            dist.barrier()                  # no rank leaves while another is still talking to it
         dist.destroy_process_group()
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if "RANK" in os.environ:                # gloo's threads now and then abort an interpreter that shuts down in order
+        os._exit(status)
+    sys.exit(status)
