@@ -684,8 +684,8 @@ def find_checkpoint(tag: str | None, base: Path) -> Path:
         return folder / tag
     if any(Path(tag).glob("model_*.pt")):
         return Path(tag).resolve()
-    raise UserError(f"no model tag {tag} in {folder}: choose one of {', '.join(sorted(set(tags))) or 'none'}, starter, or a "
-                    "folder with model_*.pt")
+    raise UserError(f"no model tag {tag} in {folder}: choose one of {', '.join(sorted({*tags, 'starter'}))}, or a folder with "
+                    "model_*.pt")
 
 
 def find_resumable(out: Path, device: torch.device, dtype: torch.dtype) -> tuple | None:
