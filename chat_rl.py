@@ -184,16 +184,13 @@ class Ranks:
             def persistent_id(self, x: Any) -> Any:
                 if isinstance(x, Tensor):
                     tensors.append(x.data)
-                    return len(tensors) - 1, x.shape, x.dtype, isinstance(x, torch.nn.Parameter)
+                    return x.shape, x.dtype, isinstance(x, torch.nn.Parameter)
 
         class Unpickler(pickle.Unpickler):
             def persistent_load(self, key: tuple) -> Tensor:
-                place, shape, dtype, learned = key
-                while len(tensors) <= place:
-                    tensors.append(None)
-                if tensors[place] is None:
-                    tensors[place] = torch.empty(shape, dtype=dtype, device=device)
-                return torch.nn.Parameter(tensors[place]) if learned else tensors[place]
+                shape, dtype, learned = key
+                tensors.append(torch.empty(shape, dtype=dtype, device=device))      # in the order they were pickled in
+                return torch.nn.Parameter(tensors[-1]) if learned else tensors[-1]
 
         device, box = self.device, [None]
         if self.rank == 0:
@@ -711,7 +708,8 @@ def prepare(given: dict, ranks: Ranks) -> Run:
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     source = find_checkpoint(given.get("model_tag"), base)
     out = base / "chatrl_checkpoints" / source.name
-    defaults = STARTER if source == base / "chatsft_checkpoints" / "starter" else {"task": "gsm8k"}
+    is_starter = source == base / "chatsft_checkpoints" / "starter"
+    defaults = STARTER if is_starter else {"task": "gsm8k"}
     flags = Flags(**{**defaults, **given})
     dtype = flags.dtype or ("bfloat16" if ranks.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
     flags = replace(flags, dtype=dtype)
@@ -729,7 +727,7 @@ def prepare(given: dict, ranks: Ranks) -> Run:
     if flags.task not in TASKS:
         raise UserError(f"--task {flags.task} is unknown: choose {', '.join(TASKS)}")
     task = TASKS[flags.task](flags)
-    if not source.exists() and not resumed:
+    if is_starter and not resumed and not gpt.checkpoint_steps(source):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one")
         make_starter(source, flags)
     model, tokenizer, meta, training = resumed or (
