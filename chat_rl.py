@@ -660,8 +660,10 @@ def make_starter(folder: Path, flags: Flags) -> None:
     """Makes a tiny GPT, teaches it to add most of the time, and saves it as an SFT checkpoint."""
     tokenizer = byte_tokenizer()
     config = gpt.Config(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
-    model = GPT(config).init_weights(seed=2)
+    model, threads = GPT(config).init_weights(seed=2), torch.get_num_threads()
+    torch.set_num_threads(2)                # rounding, and so how much it has learned by then, depends on their number
     teach(model, tokenizer, Arithmetic(flags), steps=150, size=128)
+    torch.set_num_threads(threads)
     gpt.save_checkpoint(folder, 150, model, tokenizer, {"model_config": asdict(config)})
 
 
