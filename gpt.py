@@ -1,179 +1,480 @@
-"""The machine under chat_rl.py: a small chat GPT, its cache, sampler, tokenizer, checkpoints and optimizers.
+"""The machine under chat_rl.py: the processes of a run, a small chat GPT, its cache, tokenizer, sampler, checkpoints and
+optimizers.
 
 The model has one way of running: new tokens attend to a Cache, which has a part shared by all rows of a group (their
-question) and a part of each row's own (its answer). Prefill, decoding and training are that one forward with different
-shapes. Nothing here knows of a task, a reward or a training loop.
+question) and a part of each row's own (its completion). Prefill, decoding and training are that one forward with
+different shapes. Nothing here knows of a task, a reward or a training loop.
 
 Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens, S own and Lp shared positions, H query
-heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers.
+heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
 import ast
 import hashlib
+import itertools
 import json
 import math
+import mmap
 import operator
 import os
 import pickle
 import re
+import signal
+import sys
+import time
 import warnings
-from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
+import numpy
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line and says what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: nanochat's, in the four generations that its checkpoints come in
+# Ranks: the processes of a run
 
 
-class Generation(NamedTuple):
-    """What differs between the generations of nanochat's model; a checkpoint's keys tell which one it is."""
-    rope_base: float
-    rope_rounded: bool                      # cos and sin are rounded to bfloat16 in every run, not only in bfloat16 ones
-    qk_scale: float                         # q and k are multiplied by this after their norm
-    gate_width: int                         # channels that gate the value embeddings (0: no lambdas, no value embeddings)
-    gate_scale: float
-    long_window: int                        # of L layers, in units of sequence_len (10: all there is)
-    short_window: tuple[int, int]           # of S layers: sequence_len over the first, rounded up to a multiple of the second
-    smear: bool                             # smear and backout
+class Interrupted(BaseException):
+    """A signal has cut a piece of work short."""
 
 
-GENERATIONS = {
-    "classic": Generation(1e4, True, 1.0, 0, 0.0, 10, (1, 1), False),
-    "winter": Generation(1e4, True, 1.0, 32, 2.0, 1, (2, 1), False),
-    "spring": Generation(1e5, False, 1.15, 12, 3.0, 1, (3, 128), False),
-    "current": Generation(1e5, False, 1.2, 12, 3.0, 1, (4, 128), True),
+def find_device(device_type: str) -> torch.device:
+    """The device of that type, or else the best there is. Raises UserError where it is not there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device_type or best)
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best}")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+class Ranks:
+    """The processes of a run, each with a share of every step's questions; one where torchrun did not start it.
+
+    Rank 0 alone reads checkpoints and data, steps the optimizers, prints and saves. A first SIGTERM, SIGINT or SIGHUP
+    cuts `attempt`s short and lets all ranks stop together, a second one ends the process at once.
+    """
+
+    TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
+
+    def __init__(self, device_type: str):
+        self.rank, self.size = 0, 1
+        self.signalled, self.working = 0.0, False
+        self.device = find_device(device_type)
+        if "RANK" not in os.environ:
+            return
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if self.device.type == "mps" and self.size > 1:
+            raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
+        # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
+        store, *_ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
+        store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.TIMEOUT)
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Adds up the ranks' values of each name, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(total)
+        return dict(zip(values, total.tolist()))
+
+    def reduce(self, tensor: Tensor) -> None:
+        """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
+        if self.size > 1:
+            dist.reduce(tensor, 0)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrites the ranks' tensors with rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
+    def share(self, thing: Any) -> Any:
+        """Rank 0's thing, which holds no tensors, on every rank."""
+        box = [thing]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, items: list) -> list:
+        """All ranks' items on rank 0, dealt back into the order in which [rank::size] dealt them out; [] on others."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(items, parts)
+        rounds = itertools.zip_longest(*parts or [])
+        return [item for round in rounds for item in round if item is not None]
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:      # as nohup does
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.signalled and time.monotonic() - self.signalled > 1:     # one Ctrl-C can arrive twice under torchrun
+            os._exit(128 + number)
+        self.signalled = self.signalled or time.monotonic()
+        if self.working:
+            self.working = False
+            raise Interrupted
+
+    def attempt(self, work: Callable) -> Any:
+        """work(), during which no other rank is waited for; None where a signal cut it short."""
+        try:
+            self.working = True
+            if self.signalled:
+                raise Interrupted
+            return work()
+        except Interrupted:
+            return None
+        finally:
+            self.working = False
+
+    def stopping(self) -> bool:
+        """Whether any rank was told to stop: the same answer on all."""
+        return self.sum({"signalled": float(self.signalled > 0)})["signalled"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache: what new tokens attend to
+
+
+class Prefix(NamedTuple):
+    """What completions read of their questions: one entry per question, right-padded."""
+    lengths: Tensor                         # (P,) positions that are no padding
+    hidden: Tensor                          # (P, C) hidden state of the last position, which predicts the first token
+    embed: Tensor                           # (P, C) embedding of the last position, which smears into the next
+    kv: Tensor                              # (L, 2, P, G, Lp, D) keys and values
+
+    def rows(self, index: Tensor) -> "Prefix":
+        """The entries of the questions in index (B,), each as often as it is named."""
+        lengths, hidden, embed = (x.index_select(0, index) for x in self[:3])
+        return Prefix(lengths, hidden, embed, self.kv.index_select(2, index))
+
+    def leaves(self) -> "Prefix":
+        """Copies cut off from the graph, to run completions on and to collect their gradients."""
+        return Prefix(self.lengths, *(x.detach().requires_grad_() for x in self[1:]))
+
+    def backward(self, leaves: "Prefix") -> None:
+        """Sends the gradients that the leaves have collected back through the questions."""
+        ends = [(x, leaf.grad) for x, leaf in zip(self[1:], leaves[1:]) if leaf.grad is not None]
+        torch.autograd.backward(*zip(*ends))
+
+
+class Cache:
+    """Keys and values that new tokens attend to: a part shared by the rows of a group, and each row's own.
+
+    `Cache()` is empty. `Cache(prefix)` has one row per entry of the prefix; either takes one forward, which may be
+    differentiated. `Cache(prefix, N, capacity)`, to decode with, has N rows for each entry, in order, and room for
+    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens, `size`.
+    """
+
+    def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
+        self.prefix, self.num_samples, self.size = prefix, num_samples, 0
+        self.own = {}                       # layer -> (2, B, G, S, D)
+        self.room = None                    # (L, 2, B, G, capacity, D), where there is one, that they are views of
+        self.last = None                    # (B, T, C) embeddings of the latest forward
+        self.places = self.slots = None     # of uneven groups: each row's place (B,), the row in each place (P·N,)
+        if prefix is None:
+            return
+        self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
+        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)           # each row's entry of the prefix
+        rows = self.to_device(self.groups)
+        self.starts, self.last = prefix.lengths[rows], prefix.embed[rows].unsqueeze(1)
+        if capacity:
+            L, _, _, G, _, D = prefix.kv.shape
+            self.room = prefix.kv.new_empty(L, 2, len(rows), G, capacity, D)
+
+    def to_device(self, index: numpy.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Positions of new tokens ids (B, T), counted from the start of the question: (B or 1, T)."""
+        new = torch.arange(self.size, self.size + ids.size(1), device=ids.device).unsqueeze(0)
+        return new if self.prefix is None else new + self.starts.unsqueeze(1)
+
+    def mask(self, ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+        """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
+        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)  # counted from the completion's start
+        queries = keys[0, self.size:].unsqueeze(1)
+        if self.prefix is not None:
+            shared = torch.arange(self.prefix.kv.size(4), device=ids.device) - self.starts.unsqueeze(1)
+            shared = shared.masked_fill(shared >= 0, -2 ** 40)                            # padding is out of sight
+            keys = torch.cat([shared, keys.expand(len(shared), -1)], dim=1)
+        distance = queries - keys.unsqueeze(1)
+        unseen = (distance < 0) | (distance > window)
+        return torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+
+    def previous(self, x: Tensor) -> Tensor:
+        """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
+        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last[:, -1:]
+        self.last = x
+        return torch.cat([before, x[:, :-1]], dim=1)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Adds k and v (B, G, T, D) to the rows' own part and returns the whole of it (2, B, G, S, D)."""
+        new = torch.stack((k, v))
+        if self.room is not None:
+            end = self.size + k.size(2)
+            self.room[layer, :, :, :, self.size:end] = new
+            new = self.room[layer, :, :, :, :end]
+        self.own[layer] = new
+        return new
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """One softmax over the shared and the own part: q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+        own = self.append(layer, k, v)
+        if self.room is not None:
+            return self.attend_in_groups(q * scale, *self.shared[layer], *own, mask)
+        if self.prefix is not None:
+            own = torch.cat([self.shared[layer], own], dim=3)
+        return F.scaled_dot_product_attention(q, *own, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def attend_in_groups(self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """`attend` where all rows of a group read one copy of their shared part (P, G, Lp, D)."""
+        (B, H, T, D), G = q.shape, k.size(1)
+        q = q.reshape(B, G, H // G * T, D)
+        shared = self.to_rows(self.to_groups(q) @ shared_k.mT)
+        scores = torch.cat([shared, q @ k.mT], dim=-1)
+        weights = (scores.view(B, G, H // G, T, -1) + mask.unsqueeze(2)).softmax(dim=-1).view_as(scores)
+        shared, own = weights.split([shared.size(-1), k.size(2)], dim=-1)
+        y = own @ v + self.to_rows(self.to_groups(shared) @ shared_v)
+        return y.view(B, H, T, D)
+
+    def to_groups(self, x: Tensor) -> Tensor:
+        """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
+        x = x if self.slots is None else x.index_select(0, self.slots)
+        return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """(P, G, N·, E) -> (B, G, ·, E)"""
+        x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def select(self, rows: numpy.ndarray) -> Tensor:
+        """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
+        kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
+        index = self.to_device(rows)
+        for x in self.room:
+            x[:, :len(rows), :, :self.size] = x[:, :, :, :self.size].index_select(1, index)
+        self.room = self.room[:, :, :len(rows)]
+        self.starts, self.last = self.starts.index_select(0, index), self.last.index_select(0, index)
+        if len(kept) < len(self.prefix.lengths):
+            self.prefix = self.prefix.rows(self.to_device(kept))
+            self.shared = self.prefix.kv.unbind()
+        self.groups, self.num_samples = groups, int(counts.max())
+        places = groups * self.num_samples + numpy.arange(len(rows)) - (counts.cumsum() - counts)[groups]
+        slots = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
+        slots[places] = numpy.arange(len(rows))
+        self.places, self.slots = self.to_device(places), self.to_device(slots)
+        return index
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class Config:
+    """An architecture. The defaults are the plain Llama decoder; a family is a few keywords over them."""
+    vocab_size: int                         # ids that can be sampled
+    vocab_rows: int                         # height of the embedding and unembedding tables
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int                      # of a question and its completion
+    tied: bool = False                      # the embedding is the unembedding too
+    norm_weights: bool = True
+    norm_eps: float | None = 1e-6           # None: torch's own, of the type
+    embed_norm: bool = False                # a norm after the embedding
+    gated_mlp: bool = True                  # SwiGLU; else relu²
+    qkv_bias: bool = False
+    qk_norm: str = ""                       # of q and k, "before" or "after" RoPE
+    qk_scale: float = 1.0                   # q and k are multiplied by this
+    rope_base: float = 1e4
+    rope_sign: int = 1                      # direction in which RoPE turns
+    rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in every run, not only in bfloat16 ones
+    rope_scaling: tuple[float, ...] = ()    # Llama 3.1's: factor, low and high frequency factor, original positions
+    softcap: float = 0.0                    # of the logits: s·tanh(x / s)
+    windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
+    lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
+    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last included
+    value_scale: float = 1.0                # of that gate
+    smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
+
+
+SMEAR_WIDTH = 24
+NANOCHAT = dict(norm_weights=False, norm_eps=None, embed_norm=True, gated_mlp=False, qk_norm="after", rope_sign=-1,
+                softcap=15.0)
+GENERATIONS = {                             # of nanochat's model; a checkpoint's keys tell which one it is
+    "classic": dict(rope_rounded=True),
+    "winter": dict(rope_rounded=True, lambdas=True, value_gate=32, value_scale=2.0),
+    "spring": dict(rope_base=1e5, qk_scale=1.15, lambdas=True, value_gate=12, value_scale=3.0),
+    "current": dict(rope_base=1e5, qk_scale=1.2, lambdas=True, value_gate=12, value_scale=3.0, smear=True),
 }
-REACH, SMEAR_WIDTH, SOFTCAP = 10, 24, 15.0  # RoPE reaches REACH · sequence_len positions
+SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}    # part of sequence_len, rounded up to a multiple
 
 
 def rounded_up(n: float, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-@dataclass(frozen=True)
-class Config:
-    """A checkpoint's `model_config`. `sequence_len` is the long attention window; RoPE reaches ten times as far."""
-    sequence_len: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    n_embd: int
-    window_pattern: str = "L"
-
-    @property
-    def max_positions(self) -> int:
-        return REACH * self.sequence_len
+def nanochat_config(generation: str, sequence_len: int, vocab_size: int, n_layer: int, n_head: int, n_kv_head: int,
+                    n_embd: int, window_pattern: str = "L", vocab_rows: int | None = None) -> Config:
+    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are padded to
+    a multiple of 64 rows unless `vocab_rows` says otherwise."""
+    windows = ()
+    if generation in SHORT_WINDOWS:
+        part, multiple = SHORT_WINDOWS[generation]
+        reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
+        windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[:n_layer - 1] + "L")
+    return Config(vocab_size, vocab_rows or rounded_up(vocab_size, 64), n_layer, n_head, n_kv_head, n_embd,
+                  head_dim=n_embd // n_head, mlp_width=4 * n_embd, max_positions=sequence_len, windows=windows,
+                  **NANOCHAT, **GENERATIONS[generation])
 
 
 class Linear(nn.Linear):
-    """float32 weights, arithmetic in the type of the input."""
+    """Arithmetic in the type of the input, whatever that of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019)."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weights else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return y if self.weight is None else y * self.weight.to(x.dtype)
+
+
+def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (B, 1, T, D/2) each."""
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, reach = config.rope_scaling
+        turns = reach * frequencies / (2 * math.pi)             # in the positions that the model was first trained on
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = positions.float()[:, None, :, None] * frequencies
+    rounding = torch.bfloat16 if config.rope_rounded else dtype
+    cos, sin = angles.cos(), config.rope_sign * angles.sin()
+    return cos.to(rounding).to(dtype), sin.to(rounding).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (Su et al. 2021) on halves, by −θ: x (B, T, H, D), cos and sin (B, T, 1, D/2)."""
+    """Turns x (B, H, T, D), as pairs of its first and second half."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, generation: Generation, gated: bool):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        C, D = config.n_embd, config.n_embd // config.n_head
-        self.head_dim, self.generation = D, generation
-        self.c_q = Linear(C, config.n_head * D, bias=False)
-        self.c_k = Linear(C, config.n_kv_head * D, bias=False)
-        self.c_v = Linear(C, config.n_kv_head * D, bias=False)
-        self.c_proj = Linear(C, C, bias=False)
-        if gated:
-            self.ve_gate = Linear(generation.gate_width, config.n_kv_head, bias=False)
+        self.config, self.layer = config, layer
+        C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        self.c_q = Linear(C, H * D, bias=config.qkv_bias)
+        self.c_k = Linear(C, G * D, bias=config.qkv_bias)
+        self.c_v = Linear(C, G * D, bias=config.qkv_bias)
+        self.c_proj = Linear(H * D, C, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = Norm(config, D), Norm(config, D)
+        if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
+            self.ve_gate = Linear(config.value_gate, G, bias=False)
 
-    def forward(self, x: Tensor, value: Tensor | None, rope: tuple, mask: Tensor, cache: "Cache", layer: int) -> Tensor:
-        """x (B, T, C) after its norm, value (B, T, G·D) or None, mask (B or 1, 1, 1, T, Lp + S) -> (B, T, C)."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+    def forward(self, x: Tensor, value: Tensor | None, rope: tuple, mask: Tensor, cache: Cache) -> Tensor:
+        """x (B, T, C) after its norm, value (B, T, G·D) or None, mask (B or 1, 1, T, Lp + S) -> (B, T, C)."""
+        c = self.config
+        heads = [linear(x).unflatten(-1, (-1, c.head_dim)) for linear in (self.c_q, self.c_k, self.c_v)]
         if value is not None:
-            gate = self.generation.gate_scale * torch.sigmoid(self.ve_gate(x[..., :self.generation.gate_width]))
-            v = v + gate.unsqueeze(-1) * value.view_as(v)
-        q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
-        scale = self.generation.qk_scale ** 2 / math.sqrt(self.head_dim)
-        return self.c_proj(cache.attend(layer, q * scale, k, v, mask))
+            gate = c.value_scale * torch.sigmoid(self.ve_gate(x[..., :c.value_gate]))
+            heads[2] = heads[2] + gate.unsqueeze(-1) * value.view_as(heads[2])
+        q, k, v = (head.transpose(1, 2) for head in heads)
+        if c.qk_norm == "before":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if c.qk_norm == "after":
+            q, k = self.q_norm(q), self.k_norm(k)
+        y = cache.attend(self.layer, q, k, v, mask, c.qk_scale ** 2 / math.sqrt(c.head_dim))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=False)
+        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=False) if config.gated_mlp else None
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        y = self.c_fc(x)
+        return self.c_proj(F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square())
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, generation: Generation, gated: bool):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.attn = Attention(config, generation, gated)
+        self.norm_1, self.norm_2 = Norm(config, config.n_embd), Norm(config, config.n_embd)
+        self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        x = x + self.attn(self.norm_1(x), *context)
+        return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
-    """nanochat's GPT of any generation. Weights are float32, arithmetic runs in `dtype`; parameter names are nanochat's.
+    """A decoder of any family. Weights are float32, arithmetic runs in `dtype`; parameter names are nanochat's."""
 
-    `vocab_rows` is the height of the embedding and unembedding tables (nanochat pads it up to a multiple of 64).
-    """
-
-    def __init__(self, config: Config, generation: str = "current", vocab_rows: int | None = None,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype, self.generation = config, dtype, GENERATIONS[generation]
-        self.stored_types = {}              # name -> type on disk, of the tables that nanochat keeps in bfloat16
-        C, L, rows = config.n_embd, config.n_layer, vocab_rows or rounded_up(config.vocab_size, 64)
-        gated = [self.generation.gate_width > 0 and i % 2 == (L - 1) % 2 for i in range(L)]
+        self.config, self.dtype = config, dtype
+        self.stored_types = {}              # name -> type on disk, to be saved in again
+        C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(rows, C),
-            "h": nn.ModuleList(Block(config, self.generation, gated[i]) for i in range(L))})
-        self.lm_head = Linear(C, rows, bias=False)
-        self.value_embeds = nn.ModuleDict({
-            str(i): nn.Embedding(rows, config.n_kv_head * C // config.n_head) for i in range(L) if gated[i]})
-        if self.generation.gate_width:
-            self.resid_lambdas = nn.Parameter(torch.ones(L))
-            self.x0_lambdas = nn.Parameter(torch.zeros(L))
-        if self.generation.smear:
+            "wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))})
+        self.norm = Norm(config, C)
+        if not config.tied:
+            self.lm_head = Linear(C, rows, bias=False)
+        gated = [str(i) for i, block in enumerate(self.transformer.h) if hasattr(block.attn, "ve_gate")]
+        self.value_embeds = nn.ModuleDict({i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated})
+        if config.lambdas:
+            self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
+        if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1, bias=False)
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
-            self.backout_lambda = nn.Parameter(torch.zeros(1))
-        divisor, multiple = self.generation.short_window
-        window = {"L": self.generation.long_window * config.sequence_len,
-                  "S": rounded_up(config.sequence_len / divisor, multiple)}
-        self.windows = [window[config.window_pattern[i % len(config.window_pattern)]] for i in range(L - 1)] + [window["L"]]
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("sin", None, persistent=False)
+            self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
-    def make_rope(self, device: str | torch.device) -> None:
-        """Fills the tables cos and sin (10·sequence_len, 1, D/2)."""
-        D = self.config.n_embd // self.config.n_head
-        frequencies = 1.0 / self.generation.rope_base ** (torch.arange(0, D, 2, device=device).float() / D)
-        angles = torch.arange(self.config.max_positions, device=device).float()[:, None, None] * frequencies
-        rounding = torch.bfloat16 if self.generation.rope_rounded else self.dtype
-        self.cos, self.sin = (f(angles).to(rounding).to(self.dtype) for f in (torch.cos, torch.sin))
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
@@ -188,204 +489,50 @@ class GPT(nn.Module):
             elif p.ndim == 2:
                 bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
                 p.uniform_(-bound, bound, generator=generator)
-        if self.generation.gate_width:
+        if self.config.lambdas:
             self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, L))
             self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, L))
-        if self.generation.smear:
+        if self.config.smear:
             self.backout_lambda.fill_(0.2)
-        self.make_rope(self.lm_head.weight.device)
         return self
 
-    def forward(self, ids: Tensor, cache: "Cache | None" = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
-        cache = Cache() if cache is None else cache
-        positions = cache.positions(ids)
-        rope = self.cos[positions], self.sin[positions]
-        masks = {window: cache.mask(ids, window, self.dtype) for window in set(self.windows)}
-        x = norm(self.transformer.wte(ids).to(self.dtype))
+        cache, config = cache or Cache(), self.config
+        rope = rope_of(config, cache.positions(ids), self.dtype)
+        windows = config.windows or (sys.maxsize,) * config.n_layer
+        masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
+        x = self.transformer.wte(ids).to(self.dtype)
+        if config.embed_norm:
+            x = F.rms_norm(x, x.shape[-1:])
         previous = cache.previous(x)
-        if self.generation.smear:
+        if config.smear:
             x = x + self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH])) * previous
         x0 = x
         for i, block in enumerate(self.transformer.h):
-            if self.generation.gate_width:
+            if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            x = x + block.attn(norm(x), value, rope, masks[self.windows[i]], cache, i)
-            x = x + block.mlp(norm(x))
-            if i == self.config.n_layer // 2:
+            x = block(x, value, rope, masks[windows[i]], cache)
+            if i == config.n_layer // 2:
                 middle = x
-        if self.generation.smear:
+        if config.smear:
             x = x - self.backout_lambda.to(x.dtype) * middle
         cache.size += ids.size(1)
-        return norm(x)
+        return self.norm(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits before the softcap, which keeps their order: (..., C) -> float32 (..., vocab_size)."""
-        return self.lm_head(hidden)[..., :self.config.vocab_size].float()
+        """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
+        table = self.transformer.wte if self.config.tied else self.lm_head
+        return F.linear(hidden, table.weight.to(hidden.dtype))[..., :self.config.vocab_size].float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size)."""
-        return softcap(self.unembed(hidden))
-
-    def sampler(self) -> "GPT":
-        """The model with its matrices cast to `dtype` once, rather than at every token; itself in float32."""
-        if self.dtype == torch.float32:
-            return self
-        twin = deepcopy(self)
-        for p in twin.parameters():
-            if p.ndim == 2:
-                p.data = p.data.to(self.dtype)
-        return twin
+        return softcap(self.unembed(hidden), self.config.softcap)
 
 
-def softcap(logits: Tensor) -> Tensor:
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache: what new tokens attend to
-
-
-class Prefix(NamedTuple):
-    """What answers read of their questions: one entry per question, right-padded."""
-    lengths: Tensor                         # (P,) positions that are no padding
-    hidden: Tensor                          # (P, C) hidden state of the last position, which predicts the first token
-    embed: Tensor                           # (P, C) embedding of the last position, which smears into the next
-    keys: list[Tensor]                      # L times (P, G, Lp, D)
-    values: list[Tensor]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.hidden, self.embed, *self.keys, *self.values]
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> "Prefix":
-        return Prefix(self.lengths, f(self.hidden), f(self.embed), [f(k) for k in self.keys], [f(v) for v in self.values])
-
-    def rows(self, index: Tensor) -> "Prefix":
-        """The entries of the questions in index (B,), each as often as it is named."""
-        return self.map(lambda x: x.index_select(0, index))._replace(lengths=self.lengths[index])
-
-
-class Cache:
-    """Keys and values that new tokens attend to: a part shared by the rows of a group, and each row's own.
-
-    `Cache()` is empty. `Cache(prefix, N, capacity)` has N rows for each question of the prefix, in order, and room for
-    `capacity` own tokens of each: P·Lp + B·capacity positions in all. With capacity 0 it takes one forward, which may
-    be differentiated. Every row holds the same number of own tokens, `size`.
-    """
-
-    def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
-        self.prefix, self.num_samples, self.capacity, self.size = prefix, num_samples, capacity, 0
-        self.keys, self.values = {}, {}     # layer -> (B, G, S, D)
-        self.last = None                    # (B, T, C) embeddings of the latest forward
-        self.places = self.slots = None     # once rows were dropped: each row's place (B,), the row in each place (P·N,)
-        if prefix is not None:
-            self.group = torch.arange(len(prefix.lengths), device=prefix.lengths.device).repeat_interleave(num_samples)
-            self.last = prefix.embed[self.group].unsqueeze(1)
-
-    def positions(self, ids: Tensor) -> Tensor:
-        """Positions of new tokens ids (B, T), counted from the start of the question: (B or 1, T)."""
-        new = torch.arange(self.size, self.size + ids.size(1), device=ids.device).unsqueeze(0)
-        return new if self.prefix is None else new + self.prefix.lengths[self.group].unsqueeze(1)
-
-    def mask(self, ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-        """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, 1, T, Lp + S)."""
-        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)      # counted from the answer's start
-        queries = keys[0, self.size:].unsqueeze(1)
-        if self.prefix is not None:
-            shared = torch.arange(self.prefix.keys[0].size(2), device=ids.device) - self.prefix.lengths.unsqueeze(1)
-            shared = shared.masked_fill(shared >= 0, -2 ** 40)[self.group]                # padding is out of sight
-            keys = torch.cat([shared, keys.expand(len(shared), -1)], dim=1)
-        distance = queries - keys.unsqueeze(1)
-        unseen = (distance < 0) | (distance > window)
-        return torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf)[:, None, None]
-
-    def previous(self, x: Tensor) -> Tensor:
-        """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
-        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last[:, -1:]
-        self.last = x
-        return torch.cat([before, x[:, :-1]], dim=1)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k and v (B, T, G, D) to the rows' own part and returns the whole of it, (B, G, S, D) each."""
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if not self.capacity:
-            self.keys[layer], self.values[layer] = k, v
-            return k, v
-        end = self.size + k.size(2)
-        for part, new in ((self.keys, k), (self.values, v)):
-            if layer not in part:
-                part[layer] = new.new_empty(new.size(0), new.size(1), self.capacity, new.size(3))
-            part[layer][:, :, self.size:end] = new
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def to_groups(self, x: Tensor) -> Tensor:
-        """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
-        x = x if self.slots is None else x[self.slots]
-        return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        """(P, G, N·, E) -> (B, G, ·, E)"""
-        x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.places is None else x[self.places]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """One softmax over the shared and the own part: q (B, T, H, D), k and v (B, T, G, D) -> (B, T, C)."""
-        (B, T, H, D), G = q.shape, k.size(2)
-        k, v = self.append(layer, k, v)
-        q = q.transpose(1, 2).reshape(B, G, H // G * T, D)
-        scores = q @ k.mT
-        if self.prefix is not None:
-            shared = self.to_rows(self.to_groups(q) @ self.prefix.keys[layer].mT)
-            scores = torch.cat([shared, scores], dim=-1)
-        weights = (scores.view(B, G, H // G, T, scores.size(-1)) + mask).softmax(dim=-1).view_as(scores)
-        Lp = scores.size(-1) - k.size(2)
-        y = weights[..., Lp:] @ v
-        if self.prefix is not None:
-            y = y + self.to_rows(self.to_groups(weights[..., :Lp]) @ self.prefix.values[layer])
-        return y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
-
-    def drop(self, stopped: Tensor) -> Tensor:
-        """Forgets the rows that stopped (B,), and groups with none left. The last ones move into the holes, so that
-        only they are copied. Returns the former places (B',) of the rows that are left, in their new order."""
-        order = fill_holes(~stopped)
-        for part in (self.keys, self.values):
-            for layer in part:
-                part[layer] = move(part[layer], order, self.size)
-        self.last, group = self.last[order], self.group[order]
-        count = torch.bincount(group, minlength=len(self.prefix.lengths))
-        groups = fill_holes(count > 0)
-        self.prefix = self.prefix.map(lambda x: move(x, groups))._replace(lengths=self.prefix.lengths[groups])
-        self.group, count = inverse(groups, len(count))[group], count[groups]
-        self.num_samples = int(count.max())
-        by_group = self.group.argsort(stable=True)
-        rank = inverse(by_group) - (count.cumsum(0) - count)[self.group]                      # among the rows of its group
-        self.places = self.group * self.num_samples + rank
-        self.slots = inverse(self.places, len(count) * self.num_samples)
-        return order
-
-
-def fill_holes(keep: Tensor) -> Tensor:
-    """Indices of the kept entries, in order but for the last ones, which stand where an entry before is not kept."""
-    n = int(keep.sum())
-    order = torch.arange(n, device=keep.device)
-    order[~keep[:n]] = n + keep[n:].nonzero().squeeze(1)
-    return order
-
-
-def move(x: Tensor, order: Tensor, size: int | None = None) -> Tensor:
-    """x[order] for an order that fill_holes made: in place, and where x is (B, G, S, D) no more than S = `size`."""
-    moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
-    part = x if size is None else x[:, :, :size]
-    part[moved] = part[order[moved]]
-    return x[:len(order)]
-
-
-def inverse(order: Tensor, size: int | None = None) -> Tensor:
-    """Where each number below `size` (default: their count) stands in order; 0 for those that do not."""
-    places = order.new_zeros(size or len(order))
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def pad(sequences: list[list], device: str | torch.device = "cpu") -> Tensor:
@@ -396,127 +543,10 @@ def pad(sequences: list[list], device: str | torch.device = "cpu") -> Tensor:
 
 def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
     """Runs the prompts, each once."""
-    device = model.lm_head.weight.device
-    cache, lengths = Cache(), torch.tensor([len(p) for p in prompts], device=device)
-    hidden = model(pad(prompts, device), cache)
-    last = torch.arange(len(prompts), device=device), lengths - 1
-    return Prefix(lengths, hidden[last], cache.last[last],
-                  [k.contiguous() for k in cache.keys.values()], [v.contiguous() for v in cache.values.values()])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The sampler
-
-
-@dataclass
-class Completion:
-    """A sampled answer, token by token, with the stop token where one was sampled."""
-    tokens: list[int]
-    mask: list[bool]                        # False where the calculator forced the token
-    logprobs: list[float]                   # under the distribution it was drawn from; 0 where forced or greedy
-
-
-def candidates(logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor | None]:
-    """What can be sampled, given logits before the softcap (..., V): scores whose softmax is the policy (..., k), best
-    first, and their token ids (..., k). With top_k = 0 all V of them, in the order of their ids (None)."""
-    values, ids = logits.topk(min(top_k, logits.size(-1))) if top_k else (logits, None)
-    return softcap(values) / temperature, ids
-
-
-def policy_logprobs(logits: Tensor, tokens: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Logprobs of tokens (...) under the distribution that `generate` draws from, given logits before the softcap
-    (..., V). A token that rounding pushed out of the top k takes the place of the last one in it."""
-    scores, ids = candidates(logits, temperature, top_k)
-    chosen = softcap(logits.gather(-1, tokens.unsqueeze(-1))) / temperature
-    if ids is not None:
-        scores = torch.cat([scores[..., :-1], torch.minimum(scores[..., -1:], chosen)], dim=-1)
-    return chosen.squeeze(-1) - scores.logsumexp(dim=-1)
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """Samples by inverting the distribution function: logits before the softcap (B, V) and numbers in [0, 1) (B,) ->
-    tokens (B,) and their logprobs (B,)."""
-    scores, ids = candidates(logits, temperature, top_k)
-    logprobs = scores.log_softmax(dim=-1)
-    reach = logprobs.exp().cumsum(dim=-1)
-    pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True).clamp_(max=scores.size(-1) - 1)
-    tokens = pick if ids is None else ids.gather(1, pick)
-    return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1)
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ ((x >> 30) & (2 ** 34 - 1))) * (0xBF58476D1CE4E5B9 - 2 ** 64)
-    x = (x ^ ((x >> 27) & (2 ** 37 - 1))) * (0x94D049BB133111EB - 2 ** 64)
-    return x ^ ((x >> 31) & (2 ** 33 - 1))
-
-
-def fold(*counters: int | Tensor) -> Tensor:
-    """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
-    state = torch.zeros((), dtype=torch.int64)
-    for counter in counters:
-        state = mix((state + (0x9E3779B97F4A7C15 - 2 ** 64)) ^ torch.as_tensor(counter))
-    return state
-
-
-def to_uniform(x: Tensor) -> Tensor:
-    """Random int64 -> float32 in [0, 1)."""
-    return ((x >> 40) & (2 ** 24 - 1)).float() / 2 ** 24
-
-
-@torch.inference_mode()
-def generate(model: GPT, tokenizer: "Tokenizer", prompts: list[list[int]], num_samples: int, max_new_tokens: int,
-             temperature: float = 1.0, top_k: int = 50, seed: int = 0, keys: list[int] | None = None,
-             first_sample: int = 0, progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
-    """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
-
-    temperature 0 is greedy, top_k 0 truncates nothing. Each random number is a function of (seed, key, sample,
-    position): `keys` names the prompts (default: by their places), samples count from `first_sample`. A completion ends
-    with assistant_end or bos, or after max_new_tokens tokens, forced ones included. `progress` is told after each position
-    how many have ended. All prompts run as one batch. Raises ValueError past the reach of RoPE.
-    """
-    if max(map(len, prompts)) + max_new_tokens > model.config.max_positions:
-        raise ValueError(f"a prompt of {max(map(len, prompts))} tokens and {max_new_tokens} new ones are more than the "
-                         f"{model.config.max_positions} positions of this model")
-    model = model.sampler()
-    if temperature == 0:
-        temperature, top_k = 1.0, 1
-    device, B = model.lm_head.weight.device, len(prompts) * num_samples
-    prefix = prefill(model, prompts)
-    cache = Cache(prefix, num_samples, max_new_tokens)
-    logits = model.unembed(prefix.hidden)[cache.group]
-    names = torch.tensor(range(len(prompts)) if keys is None else keys, device=device)[cache.group]
-    stream = fold(seed, names, torch.arange(first_sample, first_sample + num_samples, device=device).repeat(len(prompts)))
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
-    forced = torch.full_like(tokens, -1)                    # what the calculator says at each position, else −1
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.full((B,), max_new_tokens)
-    live, running = torch.arange(B), torch.ones(B, dtype=torch.bool)        # the rows in the batch; those not stopped yet
-    for t in range(max_new_tokens):
-        token, logprob = draw(logits, to_uniform(fold(stream, t)), temperature, top_k)
-        answer = forced[live, t]
-        token = torch.where(answer >= 0, answer, token)
-        tokens[live, t], logprobs[live, t] = token, logprob.masked_fill(answer >= 0, 0.0)
-        stopped, called = torch.stack([(token == tokenizer.assistant_end) | (token == tokenizer.bos),
-                                       token == tokenizer.python_end]).cpu() & running      # the one wait for the device
-        for row in live[called].tolist():
-            result = tokenizer.calculate(tokens[row, :t + 1].tolist())[:max_new_tokens - t - 1]
-            forced[row, t + 1:t + 1 + len(result)] = torch.tensor(result, dtype=torch.int64, device=device)
-        stopped |= running & (t + 1 == max_new_tokens)
-        lengths[live[stopped]] = t + 1
-        if progress:
-            progress(int(stopped.sum()))
-        running &= ~stopped
-        if not running.any():
-            break
-        if running.sum() <= 0.95 * len(running):
-            order = cache.drop(~running.to(device))
-            token, stream = token[order], stream[order]
-            live, running = live[order.cpu()], running[order.cpu()]
-        logits = model.unembed(model(token.unsqueeze(1), cache).squeeze(1))
-    columns = tokens.tolist(), (forced < 0).tolist(), logprobs.tolist(), lengths.tolist()
-    rows = [Completion(ids[:n], mask[:n], logprob[:n]) for ids, mask, logprob, n in zip(*columns)]
-    return [rows[i:i + num_samples] for i in range(0, B, num_samples)]
+    cache, lengths = Cache(), torch.tensor([len(p) for p in prompts], device=model.device)
+    hidden = model(pad(prompts, model.device), cache)
+    last = torch.arange(len(prompts), device=model.device), lengths - 1
+    return Prefix(lengths, hidden[last], cache.last[last], torch.stack(list(cache.own.values())))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,8 +571,8 @@ def evaluate(node: ast.AST) -> int | float:
 
 
 def calculate(expression: str) -> str | None:
-    """What nanochat's calculator answers, to ten significant digits and without a trailing `.0`; None where it has no
-    answer. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
+    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has nothing
+    to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
     arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
     counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
@@ -562,7 +592,11 @@ def calculate(expression: str) -> str | None:
 
 
 class Tokenizer:
-    """A tiktoken encoding with nanochat's special tokens, each an attribute: bos, user_start, …, output_end."""
+    """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
+
+    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, and
+    `call_end`, which closes a call of the calculator that `answer_call` answers (−1: there is none).
+    """
 
     SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end",
                "python_start", "python_end", "output_start", "output_end")
@@ -571,7 +605,7 @@ class Tokenizer:
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
         for name in self.SPECIAL:
             setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
-        self.stops = (self.assistant_end, self.bos)         # either ends the model's turn
+        self.stops, self.call_end = (self.assistant_end, self.bos), self.python_end
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids. What looks like a special token in it is plain text."""
@@ -580,19 +614,222 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
-    def render(self, question: str) -> list[int]:
-        """The prompt that asks a question: the chat up to where the assistant begins to speak."""
-        return [self.bos, self.user_start, *self.encode(question), self.user_end, self.assistant_start]
+    def render(self, messages: list[dict]) -> list[int]:
+        """The chat up to where the assistant begins to speak. Messages have a role (system, which may come first, user,
+        assistant) and a content; a system text stands at the head of the first user turn."""
+        if messages[0]["role"] == "system":
+            system, first, *rest = messages
+            messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
+        ids = [self.bos]
+        for message in messages:
+            user = message["role"] == "user"
+            start, end = (self.user_start, self.user_end) if user else (self.assistant_start, self.assistant_end)
+            ids += [start, *self.encode(message["content"]), end]
+        return [*ids, self.assistant_start]
 
-    def calculate(self, ids: list[int]) -> list[int]:
-        """The calculator's answer, as tokens, to the call that the last of a completion's tokens has closed: what stands
-        between the last python_start and this python_end. Empty where there is no call or no answer."""
+    def answer_call(self, ids: list[int]) -> list[int]:
+        """What is forced after a completion's call, which its last token has closed: the value of what stands between the
+        last python_start and this python_end. Empty where there is no call or no value."""
         body = ids[:-1]
         start = max((i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None)
         if start is None or body[start] == self.python_end:
             return []
         result = calculate(self.decode(body[start + 1:]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The policy: what is sampled from, in sampling and in the loss
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The softmax of the softcapped logits over the temperature, cut to the top k."""
+    temperature: float = 1.0
+    top_k: int = 50                         # 0: all; 1: greedy
+    softcap: float = 0.0                    # the model's; 0: none
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return softcap(logits, self.softcap) / self.temperature
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and their
+        token ids (..., k). With top_k 0 all V of them, in the order of their ids (None)."""
+        if not self.top_k:
+            return self.scores(logits), None
+        values, ids = logits.topk(min(self.top_k, logits.size(-1)))        # a softcap keeps the order
+        return self.scores(values), ids
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,) and
+        their logprobs (B,)."""
+        scores, ids = self.candidates(logits)
+        logprobs = scores.log_softmax(dim=-1)
+        reach = logprobs.exp().cumsum(dim=-1)
+        pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True)
+        pick = pick.clamp_(max=scores.size(-1) - 1)
+        tokens = pick if ids is None else ids.gather(1, pick)
+        return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1)
+
+    def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Logprobs of tokens (...), given logits (..., V). A token that rounding or an update pushed out of the top k
+        takes the place of the last one in it."""
+        scores, ids = self.candidates(logits)
+        chosen = self.scores(logits.gather(-1, tokens.unsqueeze(-1)))
+        if ids is not None:
+            last = torch.minimum(scores[..., -1:], chosen)
+            scores = torch.cat([scores[..., :-1], last], dim=-1)
+        return chosen.squeeze(-1) - scores.logsumexp(dim=-1)
+
+
+LOGITS_AT_ONCE = 2 ** 24
+
+
+def pieces(model: GPT, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors (M, …), cut so that the logits of a piece are no more than LOGITS_AT_ONCE numbers."""
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
+    return list(zip(*(x.split(size) for x in tensors)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+@dataclass
+class Completion:
+    """What was sampled, token by token, with the stop token where there is one."""
+    tokens: list[int]
+    mask: list[bool]                        # False where the calculator forced the token
+    logprobs: list[float]                   # under the policy it was drawn from; 0 where forced
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = (x ^ ((x >> 30) & (2 ** 34 - 1))) * (0xBF58476D1CE4E5B9 - 2 ** 64)
+    x = (x ^ ((x >> 27) & (2 ** 37 - 1))) * (0x94D049BB133111EB - 2 ** 64)
+    return x ^ ((x >> 31) & (2 ** 33 - 1))
+
+
+def fold(*counters: int | Tensor) -> Tensor:
+    """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
+    state = torch.zeros((), dtype=torch.int64)
+    for counter in counters:
+        state = mix((state + (0x9E3779B97F4A7C15 - 2 ** 64)) ^ torch.as_tensor(counter))
+    return state
+
+
+def to_uniform(x: Tensor) -> Tensor:
+    """Random int64 -> float32 in [0, 1)."""
+    return ((x >> 40) & (2 ** 24 - 1)).float() / 2 ** 24
+
+
+class Transcript:
+    """What is said in each row, kept on the host, and what the calculator will force."""
+
+    def __init__(self, tokenizer: Tokenizer, num_rows: int, max_new_tokens: int):
+        self.tokenizer = tokenizer
+        self.tokens = numpy.zeros((num_rows, max_new_tokens), dtype=numpy.int64)
+        self.forced = numpy.full_like(self.tokens, -1)      # −1: sampled
+        self.lengths = numpy.zeros(num_rows, dtype=numpy.int64)
+
+    def write(self, t: int, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
+        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have ended."""
+        self.tokens[rows, t] = tokens
+        self.lengths[rows] = t + 1
+        for row in rows[tokens == self.tokenizer.call_end]:
+            result = self.tokenizer.answer_call(self.tokens[row, :t + 1].tolist())
+            place = self.forced[row, t + 1:t + 1 + len(result)]
+            place[:] = result[:len(place)]
+        full = t + 1 == self.tokens.shape[1]
+        return numpy.isin(tokens, self.tokenizer.stops) | full
+
+    def completions(self, logprobs: Tensor) -> list[Completion]:
+        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs.tolist(), self.lengths.tolist()
+        return [Completion(ids[:n], mask[:n], logprob[:n]) for ids, mask, logprob, n in zip(*columns)]
+
+
+class Sampler:
+    """Samples completions from a model, on a copy of its weights with the matrices in the type of the arithmetic; what
+    has that type already is shared with the model."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.source, self.tokenizer = model, tokenizer
+        with torch.device("meta"):
+            self.model = GPT(model.config, model.dtype)
+        state = {name: x.to(model.dtype) if x.ndim > 1 else x for name, x in model.state_dict().items()}
+        self.model.load_state_dict(state, assign=True)
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the model's weights as they are now."""
+        for mine, x in zip(self.model.state_dict().values(), self.source.state_dict().values()):
+            if mine.data_ptr() != x.data_ptr():
+                mine.copy_(x)
+
+    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, ...]:
+        """Tokens (B,) and logprobs (B,) after hidden states (B, C)."""
+        drawn = [policy.draw(self.model.unembed(h), u) for h, u in pieces(self.model, hidden, uniform)]
+        return tuple(map(torch.cat, zip(*drawn)))
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int, policy: Policy, seed: int = 0,
+                 keys: list[int] | None = None, progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
+        """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
+
+        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
+        places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
+        `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past the
+        model's last position.
+        """
+        longest, reach = max(map(len, prompts)) + max_new_tokens, self.model.config.max_positions
+        if longest > reach:
+            raise ValueError(f"prompt and completion have {longest} tokens, more than the model's {reach} positions")
+        device, B = self.model.device, len(prompts) * num_samples
+        prefix = prefill(self.model, prompts)
+        cache = Cache(prefix, num_samples, max_new_tokens)
+        hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
+        names = torch.tensor(range(len(prompts)) if keys is None else keys, device=device).repeat_interleave(num_samples)
+        stream = fold(seed, names, torch.arange(num_samples, device=device).repeat(len(prompts)))
+        logprobs = torch.zeros(B, max_new_tokens, device=device)
+        transcript = Transcript(self.tokenizer, B, max_new_tokens)
+        rows, live, running = torch.arange(B, device=device), numpy.arange(B), numpy.ones(B, dtype=bool)
+        for t in range(max_new_tokens):
+            token, logprob = self.draw(hidden, to_uniform(fold(stream, t)), policy)
+            forced = transcript.forced[live, t]
+            if forced.max() >= 0:
+                forced = torch.from_numpy(forced).to(device)
+                token, logprob = torch.where(forced >= 0, forced, token), logprob.masked_fill(forced >= 0, 0.0)
+            logprobs[rows, t] = logprob
+            said = token.cpu().numpy()                                      # the one wait for the device
+            ended = transcript.write(t, live[running], said[running])
+            running[running] = ~ended
+            if progress:
+                progress(int(ended.sum()))
+            if not running.any():
+                break
+            if running.sum() <= 0.75 * len(running):
+                index = cache.select(running.nonzero()[0])
+                token, stream, rows = (x.index_select(0, index) for x in (token, stream, rows))
+                live, running = live[running], running[running]
+            hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
+        completions = transcript.completions(logprobs)
+        return [completions[i:i + num_samples] for i in range(0, B, num_samples)]
+
+
+def completion_logprobs(model: GPT, prefix: Prefix, completions: list[Completion], policy: Policy) -> tuple[Tensor, Tensor]:
+    """Logprobs (M,) of the completions' sampled tokens, and the row (M,) of each. The entries of `prefix` are their
+    questions. Forced tokens are attended to, but have no logprob. The same in any batch, to rounding."""
+    tokens = pad([c.tokens for c in completions], model.device)
+    sampled = pad([c.mask for c in completions], model.device).bool()
+    hidden = torch.cat([prefix.hidden.unsqueeze(1), model(tokens[:, :-1], Cache(prefix))], dim=1)      # (B, T, C)
+
+    def logprobs(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return policy.logprobs(model.unembed(hidden), tokens)
+
+    parts = pieces(model, hidden[sampled], tokens[sampled])
+    run = partial(checkpoint, logprobs, use_reentrant=False) if len(parts) > 1 else logprobs    # logits are made again
+    return torch.cat([run(*part) for part in parts]), sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -608,115 +845,27 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer beside a checkpoint, or two folders up in tokenizer/. Raises UserError, naming the file."""
-    directory = Path(directory).absolute()
-    beside, above = directory / "tokenizer.pkl", directory.parent.parent / "tokenizer" / "tokenizer.pkl"
-    path = beside if beside.exists() else above
-    if not path.exists():
-        raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
-    try:
-        with open(path, "rb") as file:
-            encoding = PlainUnpickler(file).load()
-        if not isinstance(encoding, tiktoken.Encoding):
-            raise pickle.UnpicklingError(f"it holds a {type(encoding).__name__}")
-        return Tokenizer(encoding)
-    except Exception as error:              # a pickle can be broken in any way there is
-        raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
+class HashedFile:
+    """A file to write to, and the digest of what was written."""
+
+    def __init__(self, file: Any):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def checkpoint_steps(directory: str | Path) -> list[int]:
-    """The steps that have both a model and a meta file, ascending."""
-    models = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in Path(directory).glob("model_*.pt"))
-    return sorted(int(m[1]) for m in models if m and Path(directory, f"meta_{m[1]}.json").exists())
-
-
-def detect_generation(state: dict[str, Tensor]) -> str:
-    """The generation of the model that a state dict belongs to, by its keys."""
-    gate = next((w.shape[1] for key, w in state.items() if key.endswith("ve_gate.weight") and w.ndim == 2), 0)
-    for name, generation in GENERATIONS.items():
-        if (generation.gate_width, generation.smear) == (gate, "smear_gate.weight" in state):
-            return name
-    raise UserError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
-
-
-def load_checkpoint(directory: str | Path, step: int | None = None, device: str | torch.device = "cpu",
-                    dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer, dict]:
-    """Loads model_<step>.pt (default: the last complete one), its tokenizer and its meta from a nanochat folder.
-    Arithmetic will run in `dtype`. Raises UserError, naming the file, on whatever is missing, broken or foreign."""
-    directory = Path(directory)
-    steps = checkpoint_steps(directory)
-    if not steps or step not in (None, *steps):
-        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
-                        if step is not None else f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
-    step = steps[-1] if step is None else step
-    model_path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
-    try:
-        meta = json.loads(meta_path.read_text())
-        config = Config(**meta["model_config"])
-    except Exception as error:
-        raise UserError(f"{meta_path} is no nanochat meta file: {one_line(error)}") from error
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, {meta_path} says {config.vocab_size}: "
-                        f"put the tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}")
-    try:
-        check_digest(model_path, meta)
-        state = torch.load(model_path, map_location=device, weights_only=True)
-        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
-        return build(config, state, dtype), tokenizer, meta
-    except Exception as error:              # damaged and foreign files fail in many ways
-        raise UserError(f"{model_path} cannot be loaded: {one_line(error)}") from error
-
-
-def build(config: Config, state: dict[str, Tensor], dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to. Raises UserError, naming the key, on one that is none of nanochat's."""
-    rows = state["transformer.wte.weight"].shape[0] if "transformer.wte.weight" in state else None
-    if rows and rows < config.vocab_size:
-        raise UserError(f"transformer.wte.weight has {rows} rows for {config.vocab_size} tokens")
-    with torch.device("meta"):
-        model = GPT(config, detect_generation(state), rows, dtype)
-    expected = model.state_dict()
-    if odd := sorted(expected.keys() ^ state.keys()):
-        raise UserError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here")
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise UserError(f"{key} has shape {tuple(tensor.shape)}, the config says {tuple(expected[key].shape)}")
-    model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
-    model.requires_grad_()
-    model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
-    model.make_rope(model.lm_head.weight.device)
-    return model
-
-
-def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Tokenizer, meta: dict,
-                    training: dict | None = None) -> None:
-    """Writes model_<step>.pt, the tokenizer beside it, optim_<step>.pt where `training` is given (what a run needs to go
-    on), and last meta_<step>.json, with the digests of the others: a checkpoint is there once its meta is. Tensors have
-    the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.to("cpu", model.stored_types.get(key)) for key, tensor in model.state_dict().items()}
-    names = {f"model_{step:06d}.pt": lambda file: torch.save(state, file),
-             "tokenizer.pkl": lambda file: pickle.dump(tokenizer.encoding, file)}
-    if training is not None:
-        names[f"optim_{step:06d}.pt"] = lambda file: torch.save(training, file)
-    for name, write in names.items():
-        write_file(directory / name, write)
-    meta = {**meta, "step": step, "sha256": {name: digest(directory / name) for name in names}}
-    write_file(directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode()))
-
-
-def write_file(path: Path, write: Callable) -> None:
-    """A file appears whole or not at all: written beside, flushed to disk, renamed."""
+def write_file(path: Path, write: Callable) -> str:
+    """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            hashed = HashedFile(file)
+            write(hashed)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -725,22 +874,177 @@ def write_file(path: Path, write: Callable) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+    return hashed.sha256.hexdigest()
 
 
-def digest(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
+def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
+    """A file's content, to read from. Its digest is checked against that of its name, or else noted there. Raises
+    UserError, naming the file, where it is missing, empty or not as it was written."""
+    try:
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digests.setdefault(path.name, digest) != digest:
+        raise UserError(f"{path} is damaged: it is not what was written")
+    return content
 
 
-def check_digest(path: Path, meta: dict) -> None:
-    """Raises UserError, naming the file, where it is not as it was when the meta was written."""
-    if not path.exists():
-        raise UserError(f"{path} is missing")
-    if digest(path) != meta.get("sha256", {}).get(path.name, digest(path)):
-        raise UserError(f"{path} is damaged")
+def seal(meta: dict) -> str:
+    """The digest of a meta file's own content."""
+    content = {key: value for key, value in meta.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_steps(directory: str | Path) -> list[int]:
+    """The steps that have both a model and a meta file, ascending."""
+    models = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in Path(directory).glob("model_*.pt"))
+    return sorted(int(m[1]) for m in models if m and Path(directory, f"meta_{m[1]}.json").exists())
+
+
+def find_step(directory: Path, step: int | None) -> int:
+    """That step, or else the last. Raises UserError where it is not there."""
+    steps = checkpoint_steps(directory)
+    if not steps or step not in (None, *steps):
+        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
+                        if step is not None else f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
+    return steps[-1] if step is None else step
+
+
+def find_tokenizer(directory: Path) -> Path:
+    """tokenizer.pkl beside a checkpoint, or two folders up in tokenizer/. Raises UserError where there is none."""
+    beside, above = directory / "tokenizer.pkl", directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
+    for path in (beside, above):
+        if path.exists():
+            return path
+    raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
+
+
+def checkpoint_digests(directory: Path, step: int | None) -> dict[str, str]:
+    """What a checkpoint is, wherever it lies: the digests of its model and tokenizer."""
+    digests = {}
+    for path in (directory / f"model_{find_step(directory, step):06d}.pt", find_tokenizer(directory)):
+        read_file(path, digests)
+    return digests
+
+
+def load_tokenizer(directory: Path, digests: dict[str, str]) -> Tokenizer:
+    """Raises UserError, naming the file, where it is none of nanochat's."""
+    path = find_tokenizer(directory)
+    content = read_file(path, digests)
+    try:
+        encoding = PlainUnpickler(content).load()
+        if not isinstance(encoding, tiktoken.Encoding):
+            raise pickle.UnpicklingError(f"it holds a {type(encoding).__name__}")
+        return Tokenizer(encoding)
+    except Exception as error:              # a pickle can be broken in any way there is
+        raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
+
+
+def load_meta(path: Path) -> dict:
+    """A meta file. Raises UserError, naming it, where it is damaged or none."""
+    try:
+        meta = json.loads(path.read_text())
+        config = nanochat_config("classic", **meta["model_config"])
+        if min(config.n_head, config.n_kv_head, config.n_layer) < 1:
+            raise ValueError("the model has no layers or heads")
+    except Exception as error:
+        raise UserError(f"{path} is no nanochat meta file: {one_line(error)}") from error
+    if meta.get("seal", seal(meta)) != seal(meta):
+        raise UserError(f"{path} is damaged: it is not what was written")
+    return meta
+
+
+def load_checkpoint(directory: str | Path, step: int | None = None, device: str | torch.device = "cpu",
+                    dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer, dict]:
+    """Loads model_<step>.pt (default: the last complete one), its tokenizer and its meta from a nanochat folder; the meta
+    tells the files' digests in `sha256`. Arithmetic will run in `dtype`. Raises UserError, naming the file, on whatever is
+    missing, broken or foreign."""
+    directory = Path(directory)
+    step = find_step(directory, step)
+    path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
+    meta = load_meta(meta_path)
+    digests = meta.setdefault("sha256", {})
+    tokenizer = load_tokenizer(directory, digests)
+    vocab_size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, {meta_path} says {vocab_size}: put the tokenizer "
+                        f"that this model was trained with at {directory / 'tokenizer.pkl'}")
+    content = read_file(path, digests)
+    try:
+        state = torch.load(content, map_location=device, weights_only=True)
+        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+        return build(meta["model_config"], state, dtype), tokenizer, meta
+    except Exception as error:              # damaged and foreign files fail in many ways
+        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
+
+
+def detect_generation(state: dict[str, Tensor]) -> str:
+    """The generation of nanochat's model that a state dict belongs to, by its keys."""
+    gate = next((w.shape[1] for key, w in state.items() if key.endswith("ve_gate.weight") and w.ndim == 2), 0)
+    for name, fields in GENERATIONS.items():
+        if (fields.get("value_gate", 0), "smear" in fields) == (gate, "smear_gate.weight" in state):
+            return name
+    raise UserError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
+
+
+def empty_model(config: Config, dtype: torch.dtype) -> GPT:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(config, dtype)
+
+
+def build(model_config: dict, state: dict[str, Tensor], dtype: torch.dtype) -> GPT:
+    """The model that a state dict belongs to. Raises UserError, naming the key, on one that is none of nanochat's."""
+    rows = state["transformer.wte.weight"].shape[0] if "transformer.wte.weight" in state else None
+    if rows and rows < model_config["vocab_size"]:
+        raise UserError(f"transformer.wte.weight has {rows} rows for {model_config['vocab_size']} tokens")
+    model = empty_model(nanochat_config(detect_generation(state), **model_config, vocab_rows=rows), dtype)
+    expected = model.state_dict()
+    if odd := sorted(expected.keys() ^ state.keys()):
+        raise UserError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here")
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape:
+            raise UserError(f"{key} has shape {tuple(tensor.shape)}, the config says {tuple(expected[key].shape)}")
+    model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+    model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
+    return model.requires_grad_()
+
+
+def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Tokenizer, meta: dict,
+                    training: dict | None = None) -> None:
+    """Writes the tokenizer, model_<step>.pt, and meta_<step>.json with their digests: the checkpoint is there. Then
+    optim_<step>.pt where `training` is given (what a run needs to go on), and the meta again: the run can go on from there.
+    Tensors have the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.to("cpu", model.stored_types.get(key)) for key, tensor in model.state_dict().items()}
+    meta = {**meta, "step": step, "sha256": {}}
+
+    def write(name: str, content: Callable) -> None:
+        meta["sha256"][name] = write_file(directory / name, content)
+
+    def write_meta() -> None:
+        meta["seal"] = seal(meta)
+        write_file(directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode()))
+
+    write("tokenizer.pkl", lambda file: pickle.dump(tokenizer.encoding, file))
+    write(f"model_{step:06d}.pt", lambda file: torch.save(state, file))
+    write_meta()
+    if training is not None:
+        write(f"optim_{step:06d}.pt", lambda file: torch.save(training, file))
+        write_meta()
+
+
+def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
+    """What a run needs to go on from a checkpoint. Raises UserError where it is missing or damaged."""
+    path = directory / f"optim_{meta['step']:06d}.pt"
+    if "seal" not in meta:
+        raise UserError(f"the meta file of {path} is damaged: it has no seal")
+    if path.name not in meta["sha256"]:
+        raise UserError(f"{path} was not written to its end")
+    return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -811,3 +1115,32 @@ def make_optimizers(model: GPT, embedding_lr: float = 0.2, unembedding_lr: float
               group(("smear", "backout"), 0.2, (0.8, 0.95))]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], eps=1e-10)
     return [adamw, Muon([p for name, p in named.items() if name.startswith("transformer.h.")], matrix_lr)]
+
+
+def flatten(model: GPT) -> tuple[Tensor, Tensor]:
+    """Moves the parameters into one vector, of which they become views, and gives them gradients that are views of
+    another. Returns both: ranks add up the one and send round the other in one call."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.cat([p.detach().flatten() for p in params])
+    gradient = torch.zeros_like(weights)
+    sizes = [p.numel() for p in params]
+    for p, x, g in zip(params, weights.split(sizes), gradient.split(sizes)):
+        p.data, p.grad = x.view_as(p), g.view_as(p)
+    return weights, gradient
+
+
+def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+    """One step of each, at this fraction of the learning rates that they were made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("full_lr", group["lr"]) * fraction
+        optimizer.step()
+
+
+def share_model(model: GPT | None, ranks: Ranks) -> GPT:
+    """Rank 0's model on every rank."""
+    shape = ranks.share((model.config, model.dtype) if model else None)
+    model = model or empty_model(*shape).to_empty(device=ranks.device)
+    for p in model.parameters():
+        ranks.broadcast(p.data)
+    return model
