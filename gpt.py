@@ -19,21 +19,26 @@ import os
 import pickle
 import re
 import signal
-import sys
 import time
 import warnings
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import date, datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import huggingface_hub
+import jinja2
+import jinja2.ext
 import numpy
+import safetensors.torch
 import tiktoken
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -323,6 +328,7 @@ class Config:
     value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last included
     value_scale: float = 1.0                # of that gate
     smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
+    lora_rank: int = 0                      # of adapters on the matrices of the blocks (0: none, all weights learn)
 
 
 SMEAR_WIDTH = 24
@@ -355,12 +361,70 @@ def nanochat_config(generation: str, sequence_len: int, vocab_size: int, n_layer
                   **NANOCHAT, **GENERATIONS[generation])
 
 
+# model_type: the family's fields of Config, and what transformers takes for keys that are absent
+FAMILIES = {"llama": ({}, {}),
+            "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
+            "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128})}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def huggingface_config(raw: dict, vocab_size: int) -> Config:
+    """The architecture that a config.json describes, for a tokenizer with so many ids. Raises UserError, naming the
+    field, on whatever would be run wrong."""
+    def expect(good: bool, name: str, known: Any) -> None:
+        if not good:
+            raise UserError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
+
+    def field(name: str, default: float | None = None, kind: type = int) -> float:
+        value = default if raw.get(name) is None else raw[name]
+        expect(type(value) in (kind, int) and (kind is bool or 0 < value < math.inf), name,
+               f"any {kind.__name__}, numbers above 0")
+        return value
+
+    expect(str(raw.get("model_type")) in FAMILIES, "model_type", ", ".join(FAMILIES))
+    family, defaults = FAMILIES[raw["model_type"]]
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in transformers 5's order
+    expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
+    raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
+    layers, heads, width, rows = map(field, ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"))
+    kv_heads, head_dim = field("num_key_value_heads", heads), field("head_dim", width // heads)
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+            "layer_types": ["full_attention"] * layers, "full_attention": None, "partial_rotary_factor": 1,
+            "quantization_config": None}                    # full_attention: RoPE's settings by the type of layer
+    for name, known in only.items():
+        expect(raw.get(name) in (None, known), name, known)
+    expect(raw["rope_type"] in ("default", "llama3"), "rope_type", "default, llama3")
+    expect(heads % kv_heads == head_dim % 2 == 0, "num_attention_heads",
+           f"multiples of num_key_value_heads, {kv_heads}, with an even head_dim, not {head_dim}")
+    expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
+    return Config(vocab_size, rows, layers, heads, kv_heads, width, head_dim, field("intermediate_size"),
+                  field("max_position_embeddings"), field("tie_word_embeddings", False, bool),
+                  norm_eps=field("rms_norm_eps", 1e-6, float), rope_base=field("rope_theta", 1e4, float),
+                  rope_scaling=tuple(field(name, kind=float) for name in LLAMA3 if raw["rope_type"] == "llama3"), **family)
+
+
+LORA_ALPHA = 32
+
+
 class Linear(nn.Linear):
-    """Arithmetic in the type of the input, whatever that of the weights."""
+    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al. 2021):
+    W + α / rank · B·A, of which W is frozen."""
+
+    def __init__(self, width: int, height: int, bias: bool = False, rank: int = 0):
+        super().__init__(width, height, bias)
+        self.scale = LORA_ALPHA / max(rank, 1)
+        self.lora_a = nn.Parameter(torch.empty(rank, width)) if rank else None
+        self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.lora_a is None:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """The weights with the adapter in them, in float32."""
+        return self.weight.float() + self.scale * self.lora_b.float() @ self.lora_a.float()
 
 
 class Norm(nn.Module):
@@ -401,14 +465,14 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
-        self.c_q = Linear(C, H * D, bias=config.qkv_bias)
-        self.c_k = Linear(C, G * D, bias=config.qkv_bias)
-        self.c_v = Linear(C, G * D, bias=config.qkv_bias)
-        self.c_proj = Linear(H * D, C, bias=False)
+        self.c_q = Linear(C, H * D, config.qkv_bias, config.lora_rank)
+        self.c_k = Linear(C, G * D, config.qkv_bias, config.lora_rank)
+        self.c_v = Linear(C, G * D, config.qkv_bias, config.lora_rank)
+        self.c_proj = Linear(H * D, C, rank=config.lora_rank)
         if config.qk_norm:
             self.q_norm, self.k_norm = Norm(config, D), Norm(config, D)
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
-            self.ve_gate = Linear(config.value_gate, G, bias=False)
+            self.ve_gate = Linear(config.value_gate, G)
 
     def forward(self, x: Tensor, value: Tensor | None, rope: tuple, mask: Tensor, cache: Cache) -> Tensor:
         """x (B, T, C) after its norm, value (B, T, G·D) or None, mask (B or 1, 1, T, Lp + S) -> (B, T, C)."""
@@ -430,9 +494,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=False)
-        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=False) if config.gated_mlp else None
-        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=False)
+        C, W, rank = config.n_embd, config.mlp_width, config.lora_rank
+        self.c_fc = Linear(C, W, rank=rank)
+        self.c_gate = Linear(C, W, rank=rank) if config.gated_mlp else None
+        self.c_proj = Linear(W, C, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_fc(x)
@@ -452,24 +517,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of any family. Weights are float32, arithmetic runs in `dtype`; parameter names are nanochat's."""
+    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are nanochat's."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
         C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))})
         self.norm = Norm(config, C)
         if not config.tied:
-            self.lm_head = Linear(C, rows, bias=False)
+            self.lm_head = Linear(C, rows)
         gated = [str(i) for i, block in enumerate(self.transformer.h) if hasattr(block.attn, "ve_gate")]
         self.value_embeds = nn.ModuleDict({i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated})
         if config.lambdas:
             self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
         if config.smear:
-            self.smear_gate = Linear(SMEAR_WIDTH, 1, bias=False)
+            self.smear_gate = Linear(SMEAR_WIDTH, 1)
             self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     @property
@@ -500,7 +566,7 @@ class GPT(nn.Module):
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache, config = cache or Cache(), self.config
         rope = rope_of(config, cache.positions(ids), self.dtype)
-        windows = config.windows or (sys.maxsize,) * config.n_layer
+        windows = config.windows or (2 ** 30,) * config.n_layer
         masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
@@ -513,7 +579,8 @@ class GPT(nn.Module):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, value, rope, masks[windows[i]], cache)
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
+            x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
         if config.smear:
@@ -550,7 +617,7 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The calculator and the tokenizer
+# The calculator, tokenizers and chat templates
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
@@ -594,8 +661,8 @@ def calculate(expression: str) -> str | None:
 class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
-    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, and
-    `call_end`, which closes a call of the calculator that `answer_call` answers (−1: there is none).
+    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the `files`
+    that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none).
     """
 
     SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end",
@@ -606,6 +673,7 @@ class Tokenizer:
         for name in self.SPECIAL:
             setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
         self.stops, self.call_end = (self.assistant_end, self.bos), self.python_end
+        self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids. What looks like a special token in it is plain text."""
@@ -636,6 +704,99 @@ class Tokenizer:
             return []
         result = calculate(self.decode(body[start + 1:]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, around what the assistant says, prints its body."""
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+            sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def refuse(*reason: Any) -> None:
+    raise jinja2.TemplateError(f"it stops at {reason[-1]}")
+
+
+@lru_cache
+def compiled(template: str) -> jinja2.Template:
+    """A chat template, as transformers compiles it. It is a stranger's code: it runs in the sandbox."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[GenerationTag, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.unsafe_undefined = refuse   # by jinja's default, what is forbidden is undefined
+    return environment.from_string(template)
+
+
+class ChatTokenizer:
+    """Hugging Face's: a tokenizer.json and a chat template, out of the `files` of a model's folder. Text that spells a
+    special token becomes that token, in messages too."""
+    call_end = -1                           # no calculator
+
+    def __init__(self, files: dict[str, bytes]):
+        """Raises UserError on files that will not do."""
+        self.files = files
+        self.variables, self.date = {}, date.today().isoformat()        # of the template; what it takes for today
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
+        except Exception as error:          # the library raises no other class
+            raise UserError(f"tokenizer.json is missing or broken ({one_line(error)}): fetch it again") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        settings, *others = (read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
+        self.special = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()
+                        if name.endswith("_token") and isinstance(value, (str, dict))}
+        own = settings.get("chat_template")
+        if isinstance(own, list):
+            own = {entry["name"]: entry["template"] for entry in own}.get("default")
+        self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
+        if not self.template:
+            raise UserError("the model has no chat template: give one by --chat-template FILE")
+        eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
+        end = next((end for end in (*(other.get("eos_token_id") for other in others), eos) if end is not None), [])
+        self.stops = tuple(sorted({*(end if isinstance(end, list) else [end]), *self.turn_end()}))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text, special tokens as they are spelled; an id without a token is nothing."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def render_text(self, messages: list[dict], **variables: Any) -> str:
+        """A chat as the template writes it, up to where the assistant begins to speak unless the last message is the
+        assistant's. `variables` are the template's. Raises UserError where it fails."""
+        known = {"tools": None, "documents": None, "add_generation_prompt": messages[-1]["role"] != "assistant",
+                 "strftime_now": datetime.fromisoformat(self.date).strftime, **self.special, **self.variables, **variables}
+        try:
+            return compiled(self.template).render({**known, "messages": messages})
+        except Exception as error:          # a template can fail in any way there is
+            raise UserError(f"the chat template fails ({one_line(error)}): give another by --chat-template FILE") from error
+
+    def render(self, messages: list[dict], **variables: Any) -> list[int]:
+        return self.encode(self.render_text(messages, **variables))
+
+    def turn_end(self) -> list[int]:
+        """The added token that the template writes after what the assistant says, if it does."""
+        chat = self.render_text([{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}])
+        added = self.tokenizer.get_added_tokens_decoder()
+        return [token for after in chat.split("Agreed.")[1:] for token in self.encode(after.lstrip())[:1] if token in added]
+
+
+def read_json(files: dict[str, bytes], name: str) -> dict:
+    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
+    try:
+        return dict(json.loads(files.get(name, b"{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name} is no JSON object ({one_line(error)}): fetch it again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -833,7 +994,22 @@ def completion_logprobs(model: GPT, prefix: Prefix, completions: list[Completion
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints, in nanochat's format
+# Checkpoints: nanochat's and Hugging Face's folders
+
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja")             # of Hugging Face's folders, besides weights
+BLOCK = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.c_q": "self_attn.q_proj",
+         "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "mlp.c_fc": "mlp.up_proj",
+         "mlp.c_gate": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
+
+
+def huggingface_names(n_layer: int) -> dict[str, str]:
+    """GPT's names of parameters -> Hugging Face's, for all that a family here can have."""
+    modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+    modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}"
+                for i in range(n_layer) for ours, theirs in BLOCK.items()}
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -899,8 +1075,8 @@ def seal(meta: dict) -> str:
 
 def checkpoint_steps(directory: str | Path) -> list[int]:
     """The steps that have both a model and a meta file, ascending."""
-    models = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in Path(directory).glob("model_*.pt"))
-    return sorted(int(m[1]) for m in models if m and Path(directory, f"meta_{m[1]}.json").exists())
+    metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in Path(directory).glob("meta_*.json"))
+    return sorted(int(m[1]) for m in metas if m and any(Path(directory, name).exists() for name in (f"model_{m[1]}.pt", m[1])))
 
 
 def find_step(directory: Path, step: int | None) -> int:
@@ -912,6 +1088,54 @@ def find_step(directory: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
+def huggingface_folder(directory: Path, step: int | None) -> Path | None:
+    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None where the
+    checkpoint is nanochat's."""
+    if (directory / "config.json").exists():
+        return directory
+    folder = directory / f"{find_step(directory, step):06d}"
+    return folder if folder.is_dir() else None
+
+
+def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
+    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
+    folder = huggingface_folder(directory, step)
+    if folder is None:
+        return [directory / f"model_{find_step(directory, step):06d}.pt", find_tokenizer(directory)]
+    return [path for path in (folder / name for name in FILES) if path.exists()] + weight_paths(folder)
+
+
+def load_checkpoint(directory: str | Path, step: int | None = None, device: str | torch.device = "cpu",
+                    dtype: torch.dtype = torch.float32, lora_rank: int = 0, template: str | None = None) -> tuple[GPT, Any, dict]:
+    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one), from one
+    in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in `sha256`.
+    Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the file, on whatever
+    is missing, broken or foreign."""
+    directory = Path(directory)
+    folder = huggingface_folder(directory, step)
+    meta = {} if folder == directory else load_meta(directory / f"meta_{find_step(directory, step):06d}.json")
+    digests = meta.setdefault("sha256", {})
+    if folder is None:
+        config, state, tokenizer = load_nanochat(directory, find_step(directory, step), meta, device)
+    else:
+        config, state, tokenizer = load_huggingface(folder, digests, device, template)
+        meta["model_config"] = read_json(tokenizer.files, "config.json")
+    return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
+
+
+def load_meta(path: Path) -> dict:
+    """A meta file. Raises UserError, naming it, where it is damaged or none."""
+    try:
+        meta = json.loads(path.read_text())
+        sound = meta.get("seal", seal(meta)) == seal(meta)
+        meta["model_config"]["vocab_size"]
+    except Exception as error:
+        raise UserError(f"{path} is no nanochat meta file: {one_line(error)}") from error
+    if not sound:
+        raise UserError(f"{path} is damaged: it is not what was written")
+    return meta
+
+
 def find_tokenizer(directory: Path) -> Path:
     """tokenizer.pkl beside a checkpoint, or two folders up in tokenizer/. Raises UserError where there is none."""
     beside, above = directory / "tokenizer.pkl", directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
@@ -921,17 +1145,8 @@ def find_tokenizer(directory: Path) -> Path:
     raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
 
 
-def checkpoint_digests(directory: Path, step: int | None) -> dict[str, str]:
-    """What a checkpoint is, wherever it lies: the digests of its model and tokenizer."""
-    digests = {}
-    for path in (directory / f"model_{find_step(directory, step):06d}.pt", find_tokenizer(directory)):
-        read_file(path, digests)
-    return digests
-
-
-def load_tokenizer(directory: Path, digests: dict[str, str]) -> Tokenizer:
+def load_tokenizer(path: Path, digests: dict[str, str]) -> Tokenizer:
     """Raises UserError, naming the file, where it is none of nanochat's."""
-    path = find_tokenizer(directory)
     content = read_file(path, digests)
     try:
         encoding = PlainUnpickler(content).load()
@@ -942,40 +1157,19 @@ def load_tokenizer(directory: Path, digests: dict[str, str]) -> Tokenizer:
         raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
 
 
-def load_meta(path: Path) -> dict:
-    """A meta file. Raises UserError, naming it, where it is damaged or none."""
-    try:
-        meta = json.loads(path.read_text())
-        config = nanochat_config("classic", **meta["model_config"])
-        if min(config.n_head, config.n_kv_head, config.n_layer) < 1:
-            raise ValueError("the model has no layers or heads")
-    except Exception as error:
-        raise UserError(f"{path} is no nanochat meta file: {one_line(error)}") from error
-    if meta.get("seal", seal(meta)) != seal(meta):
-        raise UserError(f"{path} is damaged: it is not what was written")
-    return meta
-
-
-def load_checkpoint(directory: str | Path, step: int | None = None, device: str | torch.device = "cpu",
-                    dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer, dict]:
-    """Loads model_<step>.pt (default: the last complete one), its tokenizer and its meta from a nanochat folder; the meta
-    tells the files' digests in `sha256`. Arithmetic will run in `dtype`. Raises UserError, naming the file, on whatever is
-    missing, broken or foreign."""
-    directory = Path(directory)
-    step = find_step(directory, step)
-    path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
-    meta = load_meta(meta_path)
-    digests = meta.setdefault("sha256", {})
-    tokenizer = load_tokenizer(directory, digests)
-    vocab_size = meta["model_config"]["vocab_size"]
+def load_nanochat(directory: Path, step: int, meta: dict, device: str | torch.device) -> tuple[Config, dict, Tokenizer]:
+    """A nanochat checkpoint's architecture, weights and tokenizer."""
+    tokenizer = load_tokenizer(find_tokenizer(directory), meta["sha256"])
+    vocab_size, path = meta["model_config"]["vocab_size"], directory / f"model_{step:06d}.pt"
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, {meta_path} says {vocab_size}: put the tokenizer "
-                        f"that this model was trained with at {directory / 'tokenizer.pkl'}")
-    content = read_file(path, digests)
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, meta_{step:06d}.json says {vocab_size}: put the "
+                        f"tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}")
+    content = read_file(path, meta["sha256"])
     try:
         state = torch.load(content, map_location=device, weights_only=True)
         state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
-        return build(meta["model_config"], state, dtype), tokenizer, meta
+        rows = state["transformer.wte.weight"].shape[0]
+        return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
     except Exception as error:              # damaged and foreign files fail in many ways
         raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
 
@@ -989,51 +1183,174 @@ def detect_generation(state: dict[str, Tensor]) -> str:
     raise UserError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
 
 
+def weight_paths(folder: Path) -> list[Path]:
+    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index names."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map", {}) if index.exists() else {}
+    if not names:
+        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def load_huggingface(folder: Path, digests: dict[str, str], device: str | torch.device,
+                     template: str | None = None) -> tuple[Config, dict, ChatTokenizer]:
+    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own, quoted)
+    and tokenizer."""
+    files = {path.name: read_file(path, digests)[:] for path in (folder / name for name in FILES) if path.exists()}
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
+    try:
+        tokenizer = ChatTokenizer(files)
+        config = huggingface_config(read_json(files, "config.json"), tokenizer.vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    check_memory(config)
+    names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
+    state = {}
+    for path in weight_paths(folder):
+        try:
+            tensors = safetensors.torch.load(read_file(path, digests)[:])
+        except Exception as error:          # files that are cut short or foreign fail in many ways
+            raise UserError(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
+        state |= {names.get(name, repr(name)): tensor.to(device) for name, tensor in tensors.items()}
+    if config.tied and "lm_head.weight" in state:
+        head = state.pop("lm_head.weight")
+        if not torch.equal(head, state.get("transformer.wte.weight", head)):
+            raise UserError(f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
+                            "tie_word_embeddings: set that to false if the file's lm_head is meant")
+    return config, state, tokenizer
+
+
+def check_memory(config: Config) -> None:
+    """Raises UserError where the weights alone, in bfloat16, are more than the machine's memory."""
+    needed = 2 * sum(p.numel() for p in empty_model(config, torch.float32).parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"the weights need {needed / 1e9:,.0f} GB of memory, and this machine has {there / 1e9:,.0f}: take a "
+                        "smaller model")
+
+
 def empty_model(config: Config, dtype: torch.dtype) -> GPT:
     """A model without memory for its weights."""
     with torch.device("meta"):
         return GPT(config, dtype)
 
 
-def build(model_config: dict, state: dict[str, Tensor], dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to. Raises UserError, naming the key, on one that is none of nanochat's."""
-    rows = state["transformer.wte.weight"].shape[0] if "transformer.wte.weight" in state else None
-    if rows and rows < model_config["vocab_size"]:
-        raise UserError(f"transformer.wte.weight has {rows} rows for {model_config['vocab_size']} tokens")
-    model = empty_model(nanochat_config(detect_generation(state), **model_config, vocab_rows=rows), dtype)
-    expected = model.state_dict()
+def build(config: Config, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> GPT:
+    """The model that a state dict belongs to: float32 weights that learn, or, where there are adapters, frozen ones in
+    `dtype`. Raises UserError, naming the key, on one that is none of the config's."""
+    if config.vocab_rows < config.vocab_size:
+        raise UserError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
+    model = empty_model(config, dtype)
+    expected = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
     if odd := sorted(expected.keys() ^ state.keys()):
         raise UserError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here")
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise UserError(f"{key} has shape {tuple(tensor.shape)}, the config says {tuple(expected[key].shape)}")
-    model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        if tensor.shape != expected[key].shape or not tensor.is_floating_point():
+            raise UserError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
+                            f"{tuple(expected[key].shape)}, as the config says")
+    kept = dtype if config.lora_rank else torch.float32
+    model.load_state_dict({key: tensor.to(kept) for key, tensor in state.items()}, assign=True, strict=False)
+    model.requires_grad_(not config.lora_rank)
+    for name, p in list(model.named_parameters()):
+        if "lora_" in name:
+            module, side = name.rsplit(".", 1)
+            setattr(model.get_submodule(module), side, nn.Parameter(torch.zeros(p.shape, device=device)))
     model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
-    return model.requires_grad_()
+    return model
 
 
-def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Tokenizer, meta: dict,
-                    training: dict | None = None) -> None:
-    """Writes the tokenizer, model_<step>.pt, and meta_<step>.json with their digests: the checkpoint is there. Then
-    optim_<step>.pt where `training` is given (what a run needs to go on), and the meta again: the run can go on from there.
-    Tensors have the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+def saved_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
+    state = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.lora_a is not None:
+            state[name + ".weight"] = module.merged()
+    return {key: x.detach().to("cpu", model.stored_types.get(key)) for key, x in state.items()}
+
+
+Contents = dict[str, bytes | dict[str, Tensor]]             # of a folder: bytes, or tensors that become safetensors
+
+
+def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10 ** 9) -> Contents:
+    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit` bytes (or
+    of one tensor) and their index."""
+    names, shards, room = huggingface_names(config.n_layer), [], 0
+    tensors = {names[key]: tensor.contiguous() for key, tensor in state.items()
+               if not (config.tied and key == "lm_head.weight")}
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": tensors}
+    files = {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+             "weight_map": {name: file for file, shard in files.items() for name in shard}}
+    return {**files, "model.safetensors.index.json": json.dumps(index, indent=2).encode()}
+
+
+def adapter_files(adapters: dict[str, tuple[Tensor, Tensor]], alpha: int, base: str, config: Config) -> Contents:
+    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R). `base`:
+    the name of the model that it belongs to."""
+    names = huggingface_names(config.n_layer)
+    modules = {names[key].removesuffix(".weight"): pair for key, pair in adapters.items()}
+    tensors = {f"base_model.model.{module}.lora_{side}.weight": matrix.contiguous()
+               for module, pair in modules.items() for side, matrix in zip("AB", pair)}
+    rank = len(next(iter(tensors.values())))                # rows of an A
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+                "lora_alpha": alpha, "target_modules": sorted({module.split(".")[-1] for module in modules})}
+    return {"adapter_config.json": json.dumps(settings, indent=2).encode(), "adapter_model.safetensors": tensors}
+
+
+def checkpoint_contents(step: int, model: GPT, tokenizer: Any) -> dict[str, Any]:
+    """What a checkpoint consists of: names in its folder, and what is to be written there."""
+    state = saved_weights(model)
+    if isinstance(tokenizer, Tokenizer):
+        return {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
+    contents = {**tokenizer.files, **weight_files(state, model.config)}
+    if model.config.lora_rank:
+        pairs = {name + ".weight": (module.lora_a.detach().cpu(), module.lora_b.detach().cpu())
+                 for name, module in model.named_modules() if isinstance(module, Linear) and module.lora_a is not None}
+        adapter = adapter_files(pairs, LORA_ALPHA, read_json(tokenizer.files, "config.json").get("_name_or_path", ""), model.config)
+        contents |= {f"adapter/{name}": content for name, content in adapter.items()}
+    return {f"{step:06d}/{name}": content for name, content in contents.items()}
+
+
+def write_content(content: Any, file: Any) -> None:
+    """Bytes, tensors that become safetensors, or a function that writes."""
+    if callable(content):
+        content(file)
+    else:
+        file.write(content if isinstance(content, bytes) else safetensors.torch.save(content, {"format": "pt"}))
+
+
+def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Any, meta: dict, training: dict | None = None) -> None:
+    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt, or Hugging
+    Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt where `training` is
+    given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have the types that they were
+    loaded with. Raises OSError, leaving earlier checkpoints as they were."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.to("cpu", model.stored_types.get(key)) for key, tensor in model.state_dict().items()}
     meta = {**meta, "step": step, "sha256": {}}
 
-    def write(name: str, content: Callable) -> None:
-        meta["sha256"][name] = write_file(directory / name, content)
+    def write(name: str, content: Any) -> None:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta["sha256"][path.name] = write_file(path, partial(write_content, content))
 
     def write_meta() -> None:
         meta["seal"] = seal(meta)
         write_file(directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode()))
 
-    write("tokenizer.pkl", lambda file: pickle.dump(tokenizer.encoding, file))
-    write(f"model_{step:06d}.pt", lambda file: torch.save(state, file))
+    for name, content in checkpoint_contents(step, model, tokenizer).items():
+        write(name, content)
     write_meta()
     if training is not None:
-        write(f"optim_{step:06d}.pt", lambda file: torch.save(training, file))
+        write(f"optim_{step:06d}.pt", partial(torch.save, training))
         write_meta()
 
 
@@ -1045,6 +1362,20 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
     if path.name not in meta["sha256"]:
         raise UserError(f"{path} was not written to its end")
     return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
+
+
+def find_hub_folder(name: str) -> Path:
+    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor can be
+    fetched, or is there in part."""
+    mend = "fetch it elsewhere and give its folder to --model-tag"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "*.safetensors", "*.index.json"]))
+    except Exception as error:              # networks fail in many ways
+        raise UserError(f"{name} is no folder and cannot be had from the hub: {mend} ({one_line(error)})") from error
+    for path in folder.iterdir():
+        if not path.exists():
+            raise UserError(f"the cached {name} is incomplete, {path} is missing: go online, or {mend}")
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1097,24 +1428,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT, embedding_lr: float = 0.2, unembedding_lr: float = 0.004, matrix_lr: float = 0.02,
-                    weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon for the matrices, in nanochat's groups and at its
-    rates. The weight decay is that of the embedding and the unembedding."""
-    scale = (model.config.n_embd / 768) ** -0.5
-    named = dict(model.named_parameters())
-
-    def group(prefixes: tuple[str, ...], lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> dict:
-        params = [p for name, p in named.items() if name.startswith(prefixes)]
-        return {"params": params, "lr": lr, "betas": betas, "weight_decay": weight_decay}
-
-    groups = [group(("lm_head",), unembedding_lr * scale, (0.8, 0.96), weight_decay),
-              group(("transformer.wte",), embedding_lr * scale, (0.8, 0.995), weight_decay),
-              group(("value_embeds",), embedding_lr * scale / 2, (0.8, 0.995)),
-              group(("resid_lambdas",), 0.005, (0.8, 0.95)),
-              group(("x0_lambdas",), 0.5, (0.96, 0.95)),
-              group(("smear", "backout"), 0.2, (0.8, 0.95))]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], eps=1e-10)
-    return [adamw, Muon([p for name, p in named.items() if name.startswith("transformer.h.")], matrix_lr)]
+                    weight_decay: float = 0.0, matrix_optimizer: str = "muon") -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and their
+    adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the embedding for
+    norms and biases. The weight decay is that of the embedding and the unembedding."""
+    nanochat = not model.config.norm_weights
+    scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
+    table = [("lm_head", unembedding_lr * scale, (0.8, 0.96), weight_decay),
+             ("transformer.wte", embedding_lr * scale, (0.8, 0.995), weight_decay),
+             ("value_embeds", embedding_lr * scale / 2, (0.8, 0.995), 0.0),
+             ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
+             ("x0_lambdas", 0.5, (0.96, 0.95), 0.0),
+             ("transformer.h", matrix_lr, (0.9, 0.95), 0.0),
+             ("", 0.2 if nanochat else embedding_lr, (0.8, 0.95), 0.0)]         # smear, backout, the last norm
+    groups = {prefix: [] for prefix, *_ in table}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            key = next(prefix for prefix in groups if name.startswith(prefix))
+            groups["" if key == "transformer.h" and p.ndim < 2 else key].append(p)
+    matrices = groups.pop("transformer.h") if matrix_optimizer == "muon" else []
+    adamw = [{"params": groups[prefix], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
+             for prefix, lr, betas, decay in table if groups.get(prefix)]
+    optimizers = [torch.optim.AdamW(adamw, eps=1e-10 if nanochat else 1e-8)] if adamw else []
+    return optimizers + ([Muon(matrices, matrix_lr)] if matrices else [])
 
 
 def flatten(model: GPT) -> tuple[Tensor, Tensor]:
