@@ -22,19 +22,25 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -60,15 +66,30 @@ def flag(default: Any, help: str, low: float = -math.inf, choices: tuple = (), r
 @dataclass
 class Flags:
     run: str = flag("dummy", "name of the Weights & Biases run (dummy: do not use W&B)", resumable=True)
+    tensorboard: bool = flag(False, "write the metrics for TensorBoard too", resumable=True)
     device_type: str = flag("", "cuda, mps or cpu (default: the first of these that is there)",
                             choices=("", "cuda", "mps", "cpu"), resumable=True)
     dtype: str = flag("", "of the arithmetic (default: bfloat16 where the GPU has it, else float32)",
                       choices=("", "bfloat16", "float32"))
-    model_tag: str | None = flag(None, "SFT checkpoint: a tag such as d20, or a folder with model_*.pt (default: largest d<N>)",
-                                 resumable=True)
-    model_step: int | None = flag(None, "step of that checkpoint (default: the last)", low=0, resumable=True)
-    task: str | None = flag(None, "gsm8k or arithmetic (default: arithmetic with the starter, else gsm8k)")
-    data: str = flag("openai/gsm8k", "GSM8K by its hub name, or a local folder with its train and test files", resumable=True)
+    model_tag: str | None = flag(None, "model to begin with: a nanochat tag such as d20, a folder of nanochat's or Hugging Face's, or a "
+                                 "hub name (default: largest d<N>)", resumable=True)
+    model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", low=0, resumable=True)
+    chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
+    chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
+    lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)", low=0)
+    task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging Face's, else gsm8k)")
+    data: str | None = flag(None, "training questions: a hub name, a JSONL file, or a folder with train and test files "
+                            "(default: the task's)", resumable=True)
+    eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place (default: the "
+                                 "test split of --data)", resumable=True)
+    prompt_key: str | None = flag(None, "column with the question: text or a list of messages (default: the task's)")
+    answer_key: str | None = flag(None, "column with the reference: text, a number, or a list of texts (default: the task's)")
+    system: str | None = flag(None, "system text before each question (default: the task's)")
+    suffix: str | None = flag(None, "text after each question (default: the task's)")
+    prefill: str | None = flag(None, "beginning of each reply (default: the task's)")
+    few_shot: str | None = flag(None, "JSON file with a list of messages to put before each question", resumable=True)
+    raw_prompt: bool = flag(False, "questions hold the model's own markers: no chat template around them")
+    grader: str | None = flag(None, "number, boxed-number, boxed-math, tagged-number or exact (default: the task's)")
     num_epochs: int = flag(1, "passes over the training questions", low=1)
     max_steps: int | None = flag(None, "length of the run in steps (default: that of the epochs; 0 evaluates and exits)", low=0)
     examples_per_step: int = flag(16, "questions per step, over all ranks", low=1)
@@ -78,13 +99,19 @@ class Flags:
     top_k: int = flag(50, "sample from the k likeliest tokens, in training and evaluation (0: from all)", low=0)
     rollout_batch_size: int = flag(256, "rows sampled at once, rounded up to whole groups (0: no bound)", low=0, resumable=True)
     device_batch_size: int = flag(8, "rows in one forward and backward: less takes less memory", low=1, resumable=True)
+    recompute: bool = flag(False, "compute blocks again in the backward: slower, and takes less memory", resumable=True)
+    updates_per_rollout: int = flag(1, "optimizer steps that a rollout is dealt out to", low=1)
+    clip: str = flag("", "PPO's clip of the ratio, such as 0.2, or 0.2,0.28 for low and high (default: none)")
+    max_ratio: float = flag(0.0, "leave out an update in which a token's ratio, or its inverse, is above this (0: none)", low=0)
+    matrix_optimizer: str = flag("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
     embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)", low=0)
     unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)", low=0)
-    matrix_lr: float = flag(0.02, "learning rate of the matrices (Muon)", low=0)
+    matrix_lr: float = flag(0.02, "learning rate of the matrices", low=0)
     weight_decay: float = flag(0.0, "of the embedding and the unembedding (Adam)", low=0)
-    init_lr_frac: float = flag(0.05, "all rates start at this fraction and fall linearly to zero", low=0)
+    init_lr_frac: float = flag(0.05, "all rates start at this fraction", low=0)
+    lr_schedule: str = flag("linear", "of all rates: linear (to zero) or constant", choices=("linear", "constant"))
     eval_every: int = flag(60, "steps between evaluations", low=1, resumable=True)
-    eval_examples: int = flag(400, "test questions in an evaluation", low=1)
+    eval_examples: int = flag(400, "test questions in an evaluation (0: all)", low=0)
     eval_samples: int = flag(8, "completions per test question: pass@k for k = 1 … that", low=1)
     save_every: int = flag(60, "steps between checkpoints", low=1, resumable=True)
     keep_last: int = flag(2, "checkpoints that keep their optimizer state, to resume from", low=1, resumable=True)
@@ -100,8 +127,12 @@ class Flags:
 class Example:
     """A question to ask."""
     index: int                              # its place in the data, which names its random numbers
-    question: str
-    reference: str                          # what the data say, for the grader
+    prompt: list[dict] | str                # messages; or text that holds the model's own markers
+    references: list[str]                   # what the data say: any of them may be matched
+    task: Task
+
+    def __str__(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
 
 @dataclass
@@ -126,24 +157,34 @@ def advantages_of(rewards: list[float]) -> list[float]:
     return [reward - mean for reward in rewards]
 
 
-def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> Tensor:
+def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, clip: tuple[float, ...] = ()) -> Tensor:
     """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that sampled it,
-    and the advantage of its completion. The division by the number of tokens comes later."""
-    return -advantages * logprobs
+    and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high, is PPO's (Schulman
+    et al. 2017). The division by the number of tokens comes later."""
+    ratio = (logprobs - sampled_logprobs).exp()
+    gain = advantages * ratio
+    if clip:
+        low, high = clip[0], clip[-1]
+        gain = torch.minimum(gain, advantages * ratio.clamp(1 - low, 1 + high))
+    return -gain
 
 
 @dataclass
 class Run:
     """What a run is, the same on every rank; no tensors."""
     flags: Flags
-    task: Task
     train: list[Example]
-    test: list[Example]
-    tokenizer: Tokenizer
+    tests: dict[str, list[Example]]         # by the name that their metrics bear
+    tokenizer: Any
     meta: dict                              # what every checkpoint's meta file says: model config, flags, source, W&B id
     out: Path
     num_steps: int
-    step: int                               # updates done
+    step: int                               # steps done
+
+    @property
+    def lrm(self) -> float:
+        """The fraction of the learning rates, by the schedule."""
+        return 1.0 if self.flags.lr_schedule == "constant" else 1 - self.step / self.num_steps
 
 
 @dataclass
@@ -159,16 +200,26 @@ class Learner:
         return Policy(temperature, top_k, self.model.config.softcap)
 
 
-TRAINING, EVALUATION = 0, 1                 # what a random number is for is part of its seed
+TRAINING, EVALUATION, DEALING = 0, 1, 2     # what a random number is for is part of its seed
 
 
 def questions_of_step(run: Run, step: int) -> list[Example]:
     """The training questions of a step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
     epoch, place = divmod(step, len(run.train) // size)
-    generator = torch.Generator().manual_seed(int(gpt.fold(run.flags.seed, epoch)))
-    order = torch.randperm(len(run.train), generator=generator)
-    return [run.train[i] for i in order[place * size:(place + 1) * size].tolist()]
+    order = shuffled(len(run.train), run.flags.seed, epoch)
+    return [run.train[i] for i in order[place * size:(place + 1) * size]]
+
+
+def shuffled(n: int, *counters: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(gpt.fold(*counters)))).tolist()
+
+
+def prompt_of(example: Example, tokenizer: Any) -> list[int]:
+    """The tokens that ask the question, up to where the model goes on."""
+    if isinstance(example.prompt, str):
+        return tokenizer.encode_raw(example.prompt + example.task.prefill)
+    return tokenizer.render(example.prompt) + (tokenizer.encode(example.task.prefill) if example.task.prefill else [])
 
 
 def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int,
@@ -177,7 +228,7 @@ def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: in
     groups, rows = [], run.flags.rollout_batch_size or len(examples) * num_samples
     with progress_bar(len(examples) * num_samples, title, "completion") as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
-            prompts = [run.tokenizer.render(run.task.messages(example)) for example in part]
+            prompts = [prompt_of(example, run.tokenizer) for example in part]
             completions = sampler.generate(prompts, num_samples, run.flags.max_new_tokens, policy, seed,
                                            keys=[example.index for example in part], progress=bar.update)
             groups += map(Group, part, prompts, completions)
@@ -187,14 +238,16 @@ def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: in
 def grade(run: Run, groups: list[Group]) -> list[Group]:
     """Scores and rewards every completion, and compares it with its group."""
     for group in groups:
-        texts = [text_of(completion, run.tokenizer) for completion in group.completions]
-        group.scores = [run.task.grader(group.example.reference, text) for text in texts]
+        thinking = "<think>" * run.tokenizer.decode(group.prompt).rstrip().endswith("<think>")     # the prompt opened it
+        for completion in group.completions:
+            text = thinking + text_of(completion, run.tokenizer)
+            group.scores.append(max(group.example.task.grader(reference, text) for reference in group.example.references))
         group.rewards = [reward_of(score) for score in group.scores]
         group.advantages = advantages_of(group.rewards)
     return groups
 
 
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
+def text_of(completion: Completion, tokenizer: Any) -> str:
     """What the model said, without the token that ended its turn."""
     tokens = completion.tokens
     return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
@@ -210,18 +263,19 @@ def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
             "tokens": sum(len(c.tokens) for c in completions),
             "truncated": sum(c.tokens[-1] not in stops for c in completions),
             "sampled": sum(sum(c.mask) for c in completions),
-            "logprob": sum(sum(c.logprobs) for c in completions)}
+            "entropy": sum(c.entropy for c in completions),
+            "timeouts": forget_timeouts()}
 
 
-def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> dict[str, float]:
+def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> Tensor:
     """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `size` rows at once. Completions
-    without advantage, so whole groups whose rewards agree, are not run. Returns the number of tokens that were learned from
-    and the sum of their |sampler − trainer| logprobs.
+    without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled (M,) of the tokens that
+    were learned from, π being the policy now.
 
     A question runs forward once and backward once, whatever the batch: its completions read copies of what it left in the
     cache, and the gradients that they leave there are sent back through it in the end.
     """
-    sums = {"learned": 0, "gap": 0.0}
+    log_ratios = [torch.zeros(0, device=model.device)]
     for part in batched([group for group in groups if any(group.advantages)], size):
         prefix = gpt.prefill(model, [group.prompt for group in part])
         leaves = prefix.leaves()
@@ -229,31 +283,73 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
                 for completion, advantage in zip(group.completions, group.advantages) if advantage]
         rows.sort(key=lambda row: len(row[1].tokens))
         for batch in batched(rows, size):
-            question, completions, advantages = zip(*batch)
-            index = torch.tensor(question, device=model.device)
-            logprobs, row = gpt.completion_logprobs(model, leaves.rows(index), completions, policy)
-            sampled = torch.tensor([p for c in completions for p, mask in zip(c.logprobs, c.mask) if mask], device=model.device)
-            losses = loss(logprobs, sampled, torch.tensor(advantages, device=model.device)[row])
-            losses.sum().backward()
-            sums["gap"] += (logprobs.detach() - sampled).abs().sum().item()
-            sums["learned"] += len(sampled)
+            questions, completions, advantages = zip(*batch)
+            prefixes = leaves.rows(torch.tensor(questions, device=model.device))
+            logprobs, row = gpt.completion_logprobs(model, prefixes, completions, policy)
+            sampled = [logprob for c in completions for logprob, mask in zip(c.logprobs, c.mask) if mask]
+            sampled, advantages = (torch.tensor(x, device=model.device) for x in (sampled, advantages))
+            loss(logprobs, sampled, advantages[row]).sum().backward()
+            log_ratios.append(logprobs.detach() - sampled)
         prefix.backward(leaves)
-    return sums
+    return torch.cat(log_ratios)
 
 
-def update(run: Run, learner: Learner, ranks: Ranks, num_tokens: float, learned: float) -> float:
+def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list[tuple[list[Group], float]]:
+    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part this
+    rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are shared among
+    the parts, so that a single one is normalised by all tokens of the step."""
+    size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
+    mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
+    tokens = ranks.sum({i: sum(sum(c.mask) for c in mine[i].completions) if i in mine and any(mine[i].advantages) else 0.0
+                        for i in range(size)})
+    order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if tokens[i]]
+    rest = (num_tokens - sum(tokens.values())) / K
+    parts = [sorted(order[k::K]) for k in range(min(K, len(order)))]
+    return [([mine[i] for i in part if i in mine], sum(tokens[i] for i in part) + rest) for part in parts]
+
+
+def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float:
     """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all take over.
-    Returns the norm of the gradient; where it is not finite, or nothing was learned, no step is made."""
+    Returns the norm of the gradient; where it is not finite no step is made."""
     ranks.reduce(learner.gradient)
-    norm = 0.0
-    if ranks.rank == 0:
-        norm = learner.gradient.div_(num_tokens).norm().item()
+    norm = learner.gradient.div_(num_tokens).norm().item() if ranks.rank == 0 else 0.0
     norm = ranks.sum({"norm": norm})["norm"]
-    if learned and math.isfinite(norm):
-        gpt.step_optimizers(learner.optimizers, run.flags.init_lr_frac * (1 - run.step / run.num_steps))
+    if math.isfinite(norm):
+        gpt.step_optimizers(learner.optimizers, run.flags.init_lr_frac * run.lrm)
         ranks.broadcast(learner.weights)
         learner.sampler.refresh()
     return norm
+
+
+def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_tokens: float, ranks: Ranks) -> dict:
+    """The updates of a step, and what they did: metrics."""
+    clip = tuple(float(part) for part in run.flags.clip.split(",") if part)
+    before = learner.weights.clone() if ranks.rank == 0 else learner.weights
+    norms, first, drifts, largest, left_out = [], None, [torch.zeros(0)], 0.0, 0
+    for part, tokens in deal(run, groups, num_tokens, ranks):
+        learner.gradient.zero_()
+        drift = backward(learner.model, part, policy, run.flags.device_batch_size, partial(loss_of, clip=clip)).cpu()
+        drifts.append(drift)
+        first = drift if first is None else first
+        part_largest = ranks.max(drift.abs().amax().item() if len(drift) else 0.0)
+        largest = max(largest, part_largest)
+        if run.flags.max_ratio and part_largest > math.log(run.flags.max_ratio):
+            left_out += 1
+        else:
+            norms.append(update(run, learner, tokens, ranks))
+    drift, first = torch.cat(drifts), drifts[0] if first is None else first
+    low, high = (clip[0], clip[-1]) if clip else (math.inf, math.inf)
+    outside = (drift.exp() - 1 > high) | (drift.exp() - 1 < -low)
+    sums = ranks.sum({"tokens": len(drift), "clipped": outside.sum().item(),
+                      "kl": (drift.exp() - 1 - drift).sum().item(),               # the k3 estimate (Schulman 2020)
+                      "first": len(first), "gap": first.abs().sum().item()})
+    count = max(sums["tokens"], 1)
+    return {"grad_norm": statistics.fmean(norms) if norms else 0.0,
+            "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
+            "advantage_tokens": sums["tokens"] / num_tokens,
+            "sampler_gap": sums["gap"] / max(sums["first"], 1),
+            "ratio_max": math.exp(min(largest, 700)), "approx_kl": sums["kl"] / count,
+            "clip_fraction": sums["clipped"] / count, "parts_left_out": left_out}
 
 
 def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
@@ -267,21 +363,17 @@ def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
         return None
     total = ranks.sum(tally(groups, run.tokenizer.stops))
     rolled_out = time.monotonic()                       # on all ranks
-
-    learner.gradient.zero_()
-    sums = ranks.sum(backward(learner.model, groups, policy, flags.device_batch_size))
-    norm = update(run, learner, ranks, total["sampled"], sums["learned"])
+    learned = learn(run, learner, groups, policy, total["sampled"], ranks)
     done = time.monotonic()
-
     return {"reward": total["reward"] / total["completions"],
             "all_right": total["all_right"] / total["questions"],
             "all_wrong": total["all_wrong"] / total["questions"],
             "completion_length": total["tokens"] / total["completions"],
             "truncated": total["truncated"] / total["completions"],
-            "entropy": -total["logprob"] / total["sampled"],
-            "grad_norm": norm,
-            "lrm": 1 - run.step / run.num_steps,
-            "sampler_gap": sums["gap"] / max(sums["learned"], 1),
+            "entropy": total["entropy"] / total["sampled"],
+            "grader_timeouts": total["timeouts"],
+            **learned,
+            "lrm": run.lrm,
             "rollout_seconds": rolled_out - begun,
             "update_seconds": done - rolled_out,
             "tokens_per_second": total["tokens"] / (rolled_out - begun)}
@@ -298,11 +390,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def evaluate(run: Run, learner: Learner, ranks: Ranks) -> tuple[dict, list[Group]]:
-    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples test questions,
-    with the same random numbers every time. Rank 0 gets the metrics and all groups, others nothing."""
+def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) -> tuple[dict, list[Group]]:
+    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
+    questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others nothing."""
     n, seed = run.flags.eval_samples, int(gpt.fold(run.flags.seed, EVALUATION))
-    mine = run.test[:run.flags.eval_examples][ranks.rank::ranks.size]
+    mine = examples[:run.flags.eval_examples or None][ranks.rank::ranks.size]
 
     def attempt(n: int, top_k: int, title: str) -> list[Group]:
         policy = learner.policy(1.0, top_k)
@@ -326,92 +418,326 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tasks: questions, what is put around them, and graders
+# Graders: does a completion say what the reference says?
+
+
+def after_marks(text: str) -> str:
+    """What follows the last ####, GSM8K's way to end; "" where there is none."""
+    _, mark, tail = text.rpartition("####")
+    return tail if mark else ""
+
+
+def last_box(text: str) -> str:
+    r"""What stands in the last \boxed{} whose braces are balanced, on one line; "" where there is none."""
+    ends = []
+    for token in reversed([*re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL)]):
+        if token[0] == "}":
+            ends.append(token.start())
+        elif token[0] != r"\{" and token[0][-1] == "{" and ends:
+            end = ends.pop()
+            if token[0] != "{":
+                return " ".join(text[token.end():end].split()).rstrip(".")
+    return ""
+
+
+def last_answer(text: str) -> str:
+    """What stands in the last closed <answer>; "" where there is none, or an <answer> stands in a <think>. The prompt has
+    opened a <think> where </think> comes first."""
+    opened = "</think>" in text.partition("<think>")[0]
+    thoughts = re.findall(r"<think>(.*?)(?:</think>|\Z)", "<think>" * opened + text, re.DOTALL)
+    answers = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+    return answers[-1] if answers and not any("<answer>" in thought for thought in thoughts) else ""
+
+
+def unwrapped(reference: str) -> str:
+    """A reference without the working that leads to it: what follows its last ####, and there what stands in its last box, if
+    it has these."""
+    tail = reference.rpartition("####")[2]
+    return last_box(tail) if r"\boxed" in tail else " ".join(tail.split())
+
 
 NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?!\.*\d)", re.ASCII)
 
 
 def leading_number(text: str) -> Decimal | None:
-    """The number that a text begins with: '$1,000.' and '1000.0 apples' give 1000; None where it begins otherwise, or with
-    what goes on like a number but is none (1..5, 1.2.3)."""
+    """The number that a text begins with: '$1,000.' and '1000.0 apples' give 1000; None where it begins otherwise."""
     found = NUMBER.match(text.replace(",", "").replace("$", ""))
     return Decimal(found[1]) if found else None
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number after the last ####, where GSM8K has its answer."""
-    _, mark, tail = text.rpartition("####")
-    return leading_number(tail) if mark else None
+def only_number(text: str) -> Decimal | None:
+    r"""The number that a text begins with where no other follows: of '1{,}000', '\$1000' and '1000\%', but not of '3/4'."""
+    plain = re.sub(r"\\[,!$]|[{},$]", "", text)
+    found = NUMBER.match(plain)
+    return Decimal(found[1]) if found and not re.search(r"\d", plain[found.end():]) else None
 
 
-def number(reference: str, text: str) -> float:
-    """1 where the text's final number is the reference's."""
-    found = final_number(text)
-    return float(found is not None and found == final_number(reference))
+POWER = re.compile(r"([)}\]]?)\s*\^\s*(\{(?:[^{}^]|\{[^{}^]*\})*\}|[^{}^])(?!\s*\^)")
+SLOW = re.compile(r"\||\\(?:l[ng]|log|exp|arc|sin|cos|tan|cot|sec|csc)")
+ENDLESS = re.compile(r"\\(?:sum|prod|i+nt|oint|lim)|(?:\^|\\exp).*\\exp|!\s*!|[)}\]]\s*!"
+                     r"|^(?=.*(?:\^|\d{4})).*(?:(?<!\\)!|binom|choose)")
 
 
-def exact(reference: str, text: str) -> float:
-    return float(text == reference)
+def small(latex: str) -> str | None:
+    """An expression that can be compared in a second or so, by its size, depth and powers, or else None."""
+    if not 0 < len(latex) <= 200:
+        return None
+    depth = max(accumulate((c in "([{") - (c in ")]}") for c in latex))
+    powers = POWER.findall(latex)
+    heights = [int(n) or 1 for bracket, exponent in powers if bracket for n in re.findall(r"\d+", exponent)]
+    fine = (depth <= 5 and len(SLOW.findall(latex)) <= 4 and not ENDLESS.search(latex) and len(powers) == latex.count("^")
+            and all(len(re.findall(r"\d", exponent)) <= 4 for _, exponent in powers) and math.prod(heights) <= 20)
+    return latex if fine else None
 
 
-def make_sums() -> tuple[list[dict], list[dict]]:
-    """Training and test questions: sums of two numbers below 100. The test pairs are held out in both orders."""
-    pairs = list(itertools.combinations_with_replacement(range(100), 2))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out, rest = [pairs[i] for i in order[:400]], [pairs[i] for i in order[400:]]
-    train = sorted({*rest, *((b, a) for a, b in rest)})
-    return tuple([{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part] for part in (train, held_out))
+def serve() -> None:
+    """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they are equal.
+    It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
+    import json, logging, signal, sys
+    from math_verify import LatexExtractionConfig, parse, verify
+    logging.disable()
+    replies, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, 5)
+        reference, answer = (parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+                             for latex in json.loads(line))
+        equal = verify(reference, answer, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(int(equal), file=replies, flush=True)
+
+
+SERVER = inspect.getsource(serve) + "serve()"
+IDLE: list[subprocess.Popen] = []           # servers that have answered all they were asked
+
+
+def start_server() -> subprocess.Popen:
+    """A process out of reach of the signals that the run gets. Raises UserError where math-verify is missing."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], text=True, start_new_session=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONHASHSEED": "0"})
+    if not server.stdout.readline():
+        raise UserError("this grader needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+    return server
+
+
+@functools.lru_cache(10_000)
+def same_math(reference: str, answer: str) -> bool:
+    """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take too long
+    are not, and counted in same_math.timeouts."""
+    if reference == answer or (reference + answer).isdecimal():
+        return reference.lstrip("0") == answer.lstrip("0")
+    server = IDLE.pop() if IDLE and IDLE[-1].poll() is None else start_server()
+    print(json.dumps([reference, answer]), file=server.stdin, flush=True)
+    reply = server.stdout.readline()
+    if reply:
+        IDLE.append(server)                 # not where a signal has cut this short: its reply is never read by another call
+    else:
+        same_math.timeouts += 1
+        server.wait()
+    return reply == "1\n"
+
+
+same_math.timeouts = 0
+
+
+@dataclass(frozen=True)
+class Grader:
+    """Where the reference and a completion say what counts, how it is read there, and when the two are equal."""
+    in_reference: Callable[[str], str]
+    in_text: Callable[[str], str]
+    read: Callable[[str], Any] = str        # None where it cannot be read
+    equal: Callable[[Any, Any], bool] = operator.eq
+
+    def reads(self, reference: str) -> bool:
+        return self.read(self.in_reference(reference)) is not None
+
+    def __call__(self, reference: str, text: str) -> float:
+        """1.0 or 0.0, for what a model wrote, whatever it is."""
+        right, said = self.read(self.in_reference(reference)), self.read(self.in_text(text))
+        return float(None not in (right, said) and self.equal(right, said))
+
+
+GRADERS = {
+    "exact": Grader(str, str),
+    "number": Grader(unwrapped, after_marks, leading_number),
+    "boxed-number": Grader(unwrapped, last_box, only_number),
+    "boxed-math": Grader(unwrapped, last_box, small, same_math),
+    "tagged-number": Grader(unwrapped, last_answer, only_number),
+}
+
+
+def forget_timeouts() -> int:
+    """The number of gradings since the last call that took too long."""
+    count, same_math.timeouts = same_math.timeouts, 0
+    return count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: where questions come from, and what is put around them
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where questions come from, and how a completion is graded."""
-    data: str | Callable                    # a dataset's hub name or folder, or what makes its rows
-    grader: Callable[[str, str], float]     # (reference, text) -> score, 0 to 1
+    """A kind of question. A flag named like a field overrides it."""
+    data: str | Callable                    # training and test questions: a place, or what makes their rows
+    grader: Grader
     prompt_key: str = "question"
     answer_key: str = "answer"
+    eval_data: str = ""                     # test questions from elsewhere
+    system: str = ""
+    suffix: str = ""
+    prefill: str = ""                       # the beginning of each reply
+    few_shot: tuple[dict, ...] = ()         # messages before each question
+    raw_prompt: bool = False                # questions hold the model's own markers
 
-    def messages(self, example: Example) -> list[dict]:
-        return [{"role": "user", "content": example.question}]
+
+def make_sums() -> dict[str, list[dict]]:
+    """Sums of two numbers below 100. The test pairs are held out in both orders."""
+    pairs = list(itertools.combinations_with_replacement(range(100), 2))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out, rest = [pairs[i] for i in order[:400]], [pairs[i] for i in order[400:]]
+    pairs = {"train": sorted({*rest, *((b, a) for a, b in rest)}), "test": held_out}
+    return {split: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part] for split, part in pairs.items()}
 
 
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
+MATH_500 = "HuggingFaceH4/MATH-500"
+
+
+def fetch_math() -> dict[str, list[dict]]:
+    """MATH (Hendrycks et al. 2021): all 12,500 problems but the 500 that MATH-500 tests."""
+    test = load_rows(MATH_500)["test"]
+    held_out = {row["problem"] for row in test}
+    parts = [load_rows("EleutherAI/hendrycks_math", subject) for subject in SUBJECTS]
+    rows = [row for part in parts for split in ("train", "test") for row in part[split]]
+    return {"train": [row for row in rows if row["problem"] not in held_out], "test": test}
+
+
+BOX_NUMBER = r" Provide a numerical answer without units, written inside \boxed{}."
+BOX_MATH = r" Write your answer in \boxed{} format."
+THINK = ("Work the question out between <think> and </think>, then give the final answer, a number and nothing else, between "
+         "<answer> and </answer>. Only what stands between the answer tags is scored.")
 TASKS = {
-    "arithmetic": Task(make_sums, exact),
-    "gsm8k": Task("openai/gsm8k", number),      # grade-school maths in words (Cobbe et al. 2021)
+    "arithmetic": Task(make_sums, GRADERS["exact"]),
+    "gsm8k": Task("openai/gsm8k", GRADERS["number"]),          # grade-school maths in words (Cobbe et al. 2021)
+    "gsm8k-boxed": Task("openai/gsm8k", GRADERS["boxed-number"], suffix=BOX_NUMBER),
+    "math": Task(fetch_math, GRADERS["boxed-math"], "problem", "solution", suffix=BOX_MATH),
+    "aime": Task("", GRADERS["boxed-math"], "problem", "answer", eval_data="HuggingFaceH4/aime_2024", suffix=BOX_MATH),
+    "think": Task("openai/gsm8k", GRADERS["tagged-number"], system=THINK),
+    "jsonl": Task("", GRADERS["boxed-math"], "prompt", "answer"),
 }
 
 
-def load_rows(data: str) -> tuple[list[dict], list[dict]]:
-    """The train rows, and the test rows in shuffle(seed=42) order as nanochat takes them, of a dataset on the hub or in a
-    local folder. Raises UserError where it cannot be had."""
+def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
+    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42) order as
+    nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
     import datasets
-    local = "pass --data a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
     try:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        splits = datasets.load_dataset(data, "main" if data == "openai/gsm8k" else None)
-        train, test = ([{**row, "row": i} for i, row in enumerate(splits[name])] for name in ("train", "test"))
+        if Path(place).is_file():
+            splits = datasets.load_dataset("json", data_files=place)
+        else:
+            splits = datasets.load_dataset(place, "main" if place == "openai/gsm8k" else config)
+        rows = {name: [{**row, "row": i} for i, row in enumerate(split)] for name, split in splits.items()}
     except Exception as error:              # whatever datasets, its file readers and the network raise
-        raise UserError(f"cannot load {data} ({gpt.one_line(error.__cause__ or error)}): {local}") from error
-    if not train or not test:
-        raise UserError(f"{data} has no rows in {'test' if train else 'train'}: {local}")
-    order = numpy.random.default_rng(42).permutation(len(test))        # what Dataset.shuffle(seed=42) does
-    return train, [test[i] for i in order]
+        raise UserError(f"cannot load {place} ({gpt.one_line(error.__cause__ or error)}): pass --data a local folder that holds "
+                        "its train and test files, such as train.jsonl and test.jsonl") from error
+    if "test" in rows:
+        order = numpy.random.default_rng(42).permutation(len(rows["test"]))       # what Dataset.shuffle(seed=42) does
+        rows["test"] = [rows["test"][i] for i in order]
+    return rows
 
 
-def load_examples(task: Task, split: str, rows: list[dict]) -> list[Example]:
-    """Examples of a dataset's rows. Raises UserError where a row lacks a column, or has a reference that is none."""
-    examples = []
+def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
+    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said. Raises
+    UserError where a row lacks a column or holds what is no question, or none is left."""
+    examples, unread = [], []
     for i, row in enumerate(rows):
-        place = f"row {row.get('row', i)} of {split} in {task.data}"
+        place = f"row {row.get('row', i)} of {where}"
         for key in (task.prompt_key, task.answer_key):
-            if not isinstance(row.get(key), str):
-                raise UserError(f"{place} has no text {key!r}: mend or remove it")
-        reference = row[task.answer_key]
-        if task.grader(reference, reference) < 1:
-            raise UserError(f"{place} has no answer that can be graded (for gsm8k, a number after ####): mend or remove it")
-        examples.append(Example(i, row[task.prompt_key], reference))
+            if row.get(key) in (None, "", []):
+                keys = ", ".join(key for key in row if key != "row" and row[key] is not None)
+                raise UserError(f"{place} has no {key!r} (it has {keys}): name the columns by --prompt-key and --answer-key, or "
+                                "mend the row")
+        references = row[task.answer_key] if isinstance(row[task.answer_key], list) else [row[task.answer_key]]
+        references = [str(reference) for reference in references if task.grader.reads(str(reference))]
+        if references:
+            examples.append(Example(i, prompt_in(task, row[task.prompt_key], place), references, task))
+        else:
+            unread.append(place)
+    if unread:
+        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the first in {unread[0]}")
+    if not examples:
+        raise UserError(f"{where} has no question with a reference that the grader can read: pass --data another place, or take "
+                        "another --grader")
     return examples
+
+
+def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
+    """The prompt of a column's value: a question, a list of messages, or text with the model's own markers."""
+    if isinstance(value, str) and task.raw_prompt:
+        return value
+    if isinstance(value, str):
+        system = [{"role": "system", "content": task.system}] if task.system else []
+        return [*system, *task.few_shot, {"role": "user", "content": value + task.suffix}]
+    return checked_messages(value, place, "user")
+
+
+def checked_messages(value: Any, place: str, last: str) -> list[dict]:
+    """A chat that ends with a message of that role. Raises UserError where it is none."""
+    known = isinstance(value, list) and all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in value)
+    if not known or not value or value[-1]["role"] != last:
+        raise UserError(f"{place} is no list of messages with a role (system, user, assistant) and a content that ends with the "
+                        f"{last}'s: mend it")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def read_few_shot(path: str) -> tuple[dict, ...]:
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--few-shot {path} cannot be read: {gpt.one_line(error)}") from error
+    return tuple(checked_messages(value, f"--few-shot {path}", "assistant"))
+
+
+def task_of(name: str, flags: Flags) -> Task:
+    """A row of TASKS, as the flags override it. Raises UserError."""
+    if name not in TASKS:
+        raise UserError(f"--task {name} is unknown: choose {', '.join(TASKS)}")
+    if flags.grader not in (None, *GRADERS):
+        raise UserError(f"--grader {flags.grader} is unknown: choose {', '.join(GRADERS)}")
+    given = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
+    if "grader" in given:
+        given["grader"] = GRADERS[flags.grader]
+    if "few_shot" in given:
+        given["few_shot"] = read_few_shot(flags.few_shot)
+    return replace(TASKS[name], **given)
+
+
+def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
+    """The training questions, and the test questions by the name of their metrics. Raises UserError."""
+    task = task_of(flags.task, flags)
+    rows = task.data() if callable(task.data) else load_rows(task.data) if task.data else {}
+    train, where = [], task.data if isinstance(task.data, str) else flags.task
+    if flags.max_steps != 0:
+        if not rows.get("train"):
+            raise UserError(f"{where or flags.task} has no training questions: pass --data a place with a train file")
+        train = load_examples(task, rows["train"], f"train in {where}")
+    if not task.eval_data:
+        if not rows.get("test"):
+            raise UserError(f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has")
+        return train, {"": load_examples(task, rows["test"], f"test in {where}")}
+    tests = {}
+    for part in task.eval_data.split(","):
+        name, _, place = part.rpartition("=")
+        own = TASKS.get(name, task)
+        splits = load_rows(place)
+        if not splits.get("test") and len(splits) > 1:
+            raise UserError(f"--eval-data {place} has no test questions: name a file")
+        tests[name] = load_examples(own, splits.get("test") or [*splits.values()][0], f"test in {place}")
+    return train, tests
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -472,15 +798,18 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Log:
-    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder, and W&B under the same names."""
+    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; TensorBoard and W&B under the same names."""
 
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
-        self.out, self.path, self.wandb = run.out, run.out / "metrics.jsonl", None
+        self.out, self.path, self.wandb, self.tensorboard = run.out, run.out / "metrics.jsonl", None, None
         self.lines = [line for line in read_lines(self.path) if line["step"] < run.step]
         gpt.write_file(self.path, lambda file: file.write(b"".join(map(json_line, self.lines))))
         if run.flags.run != "dummy":
             self.tell_wandb(lambda: self.start_wandb(run))
+        if run.flags.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(run.out / "tensorboard", purge_step=run.step)
 
     def start_wandb(self, run: Run) -> None:
         import wandb
@@ -509,16 +838,22 @@ class Log:
         self.lines.append(json.loads(line))
         if self.wandb:
             self.tell_wandb(lambda: self.wandb.log(self.lines[-1]))
+        if self.tensorboard:
+            for key, value in metrics.items():
+                self.tensorboard.add_scalar(key, value, metrics["step"])
 
-    def write_samples(self, step: int, groups: list[Group], tokenizer: Tokenizer) -> None:
-        """Every completion of an evaluation; prints a question with a right and a wrong one."""
-        rows = [{"question": g.example.question, "reference": g.example.reference,
-                 "completions": [text_of(c, tokenizer) for c in g.completions], "rewards": g.rewards} for g in groups]
+    def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
+        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest question
+        that has both."""
+        rows = [{"data": name, "question": str(g.example), "reference": " or ".join(g.example.references),
+                 "completions": [text_of(c, tokenizer) for c in g.completions], "rewards": g.rewards}
+                for name, part in groups.items() for g in part]
         gpt.write_file(self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows))))
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
-        group = max(groups, key=lambda group: len({score >= 1 for score in group.scores}))
-        say(f"  question   {shortened(group.example.question)}\n  reference  {shortened(group.example.reference)}")
+        group = min((g for part in groups.values() for g in part), key=lambda g: (
+            not min(g.scores) < 1 <= max(g.scores), sum(score >= 1 for score in g.scores)))
+        say(f"  question   {shortened(str(group.example))}\n  reference  {shortened(group.example.references[0])}")
         texts = {score >= 1: text_of(c, tokenizer) for c, score in zip(group.completions, group.scores)}
         for right in sorted(texts, reverse=True):
             say(f"  {'right' if right else 'wrong'}      {shortened(texts[right])}")
@@ -533,31 +868,23 @@ class Log:
     def plot(self) -> None:
         """Draws curve.png anew."""
         from matplotlib.figure import Figure
-        steps, tests = [x for x in self.lines if "reward" in x], [x for x in self.lines if "greedy" in x]
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        reward, passed, length, entropy = figure.subplots(2, 2).flat
-        for axes, key, title in ((reward, "reward", "reward (mean of the step)"),
-                                 (length, "completion_length", "completion length (tokens)"),
-                                 (entropy, "entropy", "entropy (nats per sampled token)")):
-            x, y = [line["step"] for line in steps], [math.nan if line[key] is None else line[key] for line in steps]
-            means = [statistics.fmean(y[max(0, i - 9):i + 1]) for i in range(len(y))]
-            axes.plot(x, y, color="tab:blue", alpha=0.4, linewidth=1, label="step")
-            axes.plot(x, means, color="tab:blue", label="mean of 10 steps")
-            axes.set(title=title, xlabel="step")
-        reward.legend(loc="lower right")
-        for key in evaluation_keys(tests[-1]) if tests else []:
-            passed.errorbar([x["step"] for x in tests], [x[key] for x in tests], [x[key + "_error"] for x in tests],
-                            label=key, capsize=3, marker="o", markersize=3, linestyle="--" if key == "greedy" else "-")
-        passed.set(title="test questions solved (± standard error)", xlabel="step")
-        passed.legend(loc="lower right")
-        for axes in (reward, passed, length, entropy):
-            axes.grid(alpha=0.3)
-        gpt.write_file(self.out / "curve.png", lambda file: figure.savefig(file, dpi=110, format="png"))
+        steps = [line for line in self.lines if "reward" in line]
+        figure = Figure(figsize=(12, 7), layout="constrained")
+        axes = dict(zip(PANELS, figure.subplots(2, 3).flat))
+        for title, keys in PANELS.items():
+            for key in keys:
+                draw_curve(axes[title], steps, key)
+        draw_evaluations(axes["test questions solved (± standard error)"], [line for line in self.lines if is_evaluation(line)])
+        for title, part in axes.items():
+            part.set(title=title, xlabel="step")
+            part.grid(alpha=0.3)
+            if part.get_legend_handles_labels()[0]:
+                part.legend(fontsize="small")
+        gpt.write_file(self.out / "curve.png", lambda file: figure.savefig(file, dpi=100, format="png"))
 
     def close(self) -> None:
         """Prints what the run has changed, and where to look."""
-        tests = [x for x in self.lines if "greedy" in x]
-        rewards = [x["reward"] or 0.0 for x in self.lines if "reward" in x]
+        tests, rewards = [x for x in self.lines if is_evaluation(x)], [x["reward"] or 0.0 for x in self.lines if "reward" in x]
         if len(tests) > 1:
             say(f"before  {evaluation_row(tests[0])}\nafter   {evaluation_row(tests[-1])}")
         if rewards:
@@ -565,6 +892,45 @@ class Log:
         say(f"curve   {self.out / 'curve.png'}")
         if self.wandb:
             self.tell_wandb(lambda: self.wandb.finish())
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+# The pictures in curve.png, and the metrics that each shows.
+PANELS = {
+    "reward (mean of the step)": ["reward"],
+    "test questions solved (± standard error)": [],
+    "completion length (tokens), and share truncated": ["completion_length", "truncated"],
+    "entropy (nats per sampled token)": ["entropy"],
+    "gradient norm, and approx_kl": ["grad_norm", "approx_kl"],
+    "seconds per step": ["rollout_seconds", "update_seconds"],
+}
+ON_THE_RIGHT = ("truncated", "approx_kl")   # with a scale of their own
+
+
+def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
+    """A metric of the steps, and its mean over ten of them."""
+    color = "tab:orange" if key in (*ON_THE_RIGHT, "update_seconds") else "tab:blue"
+    lines = [line for line in steps if line.get(key) is not None]
+    x, y = [line["step"] for line in lines], [line[key] for line in lines]
+    means = [statistics.fmean(y[max(0, i - 9):i + 1]) for i in range(len(y))]
+    axes.plot([], [], color=color, label=key)
+    if key in ON_THE_RIGHT:
+        axes = axes.twinx()
+        axes.tick_params(labelcolor=color)
+    axes.plot(x, y, color=color, alpha=0.35, linewidth=1)
+    axes.plot(x, means, color=color)
+
+
+def draw_evaluations(axes: Any, tests: list[dict]) -> None:
+    for key in evaluation_keys(tests[-1]) if tests else []:
+        lines = [line for line in tests if line.get(key) is not None and line.get(key + "_error") is not None]
+        axes.errorbar([line["step"] for line in lines], [line[key] for line in lines], [line[key + "_error"] for line in lines],
+                      label=key, capsize=3, marker="o", markersize=3, linestyle="--" if key.endswith("greedy") else "-")
+
+
+def is_evaluation(line: dict) -> bool:
+    return any(key.endswith("greedy") for key in line)
 
 
 def shortened(text: str, width: int = 600) -> str:
@@ -573,9 +939,11 @@ def shortened(text: str, width: int = 600) -> str:
 
 
 def evaluation_keys(metrics: dict) -> list[str]:
-    """pass@k for the powers of two, and the greedy accuracy."""
-    passes = [key for key in metrics if re.fullmatch(r"pass@\d+", key)]
-    return [key for key in passes if int(key[5:]).bit_count() == 1] + ["greedy"]
+    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy accuracy."""
+    names = [key.removesuffix("greedy") for key in metrics if key.endswith("greedy")]
+    powers = 1 if len(names) > 1 else 64
+    return [key for name in names
+            for key in (*(f"{name}pass@{2 ** i}" for i in range(powers) if f"{name}pass@{2 ** i}" in metrics), name + "greedy")]
 
 
 def evaluation_row(metrics: dict) -> str:
@@ -585,6 +953,8 @@ def evaluation_row(metrics: dict) -> str:
 def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
     row = (f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
            f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(seconds_left))}")
+    if metrics["parts_left_out"]:
+        row += f"  {metrics['parts_left_out']} updates left out: the ratio was above --max-ratio"
     return row if math.isfinite(metrics["grad_norm"]) else row + "  the gradient is not finite: step left out"
 
 
@@ -612,43 +982,41 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
     return -logprobs
 
 
-def teach(model: GPT, tokenizer: Tokenizer, task: Task, examples: list[Example], goal: float, size: int,
-          max_steps: int = 1000) -> int:
+def teach(model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, max_steps: int = 1000) -> int:
     """Supervised learning of the references, `size` questions a step, until the model's own completions score `goal`. It is
     the update of RL, with one completion per question and the whole softmax for a policy. Returns the number of steps."""
     _, gradient = gpt.flatten(model)
     optimizers, sampler = gpt.make_optimizers(model), Sampler(model, tokenizer)
     policy, generator = Policy(1.0, 0, model.config.softcap), torch.Generator().manual_seed(0)
     for step in tqdm(range(max_steps), desc="starter", unit="step", leave=False, disable=None):
-        if step % 10 == 0 and ability(sampler, task, examples[::len(examples) // 400], policy) >= goal:
+        if step % 10 == 0 and ability(sampler, examples[::max(1, len(examples) // 400)], policy) >= goal:
             return step
         groups = []
         for i in torch.randint(len(examples), (size,), generator=generator).tolist():
-            tokens = [*tokenizer.encode(examples[i].reference), tokenizer.stops[0]]
+            tokens = [*tokenizer.encode(examples[i].references[0]), tokenizer.stops[0]]
             lesson = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
-            groups.append(Group(examples[i], tokenizer.render(task.messages(examples[i])), [lesson], advantages=[1.0]))
+            groups.append(Group(examples[i], prompt_of(examples[i], tokenizer), [lesson], advantages=[1.0]))
         gradient.zero_()
-        learned = backward(model, groups, policy, size, imitate)["learned"]
-        gradient /= learned
+        gradient /= len(backward(model, groups, policy, size, imitate))
         gpt.step_optimizers(optimizers, 1.0)
         sampler.refresh()
     return max_steps
 
 
-def ability(sampler: Sampler, task: Task, examples: list[Example], policy: Policy) -> float:
+def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
     """The mean score of one completion to each example."""
-    prompts = [sampler.tokenizer.render(task.messages(example)) for example in examples]
-    completions = sampler.generate(prompts, 1, 8, policy)
-    return statistics.fmean(task.grader(example.reference, text_of(group[0], sampler.tokenizer))
+    completions = sampler.generate([prompt_of(example, sampler.tokenizer) for example in examples], 1, 8, policy)
+    return statistics.fmean(example.task.grader(example.references[0], text_of(group[0], sampler.tokenizer))
                             for example, group in zip(examples, completions))
 
 
 def make_starter(folder: Path) -> None:
     """Makes a tiny GPT, teaches it to add every other time, and saves it as an SFT checkpoint."""
-    tokenizer, task = byte_tokenizer(), TASKS["arithmetic"]
+    tokenizer = byte_tokenizer()
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
-    steps = teach(model, tokenizer, task, load_examples(task, "train", make_sums()[0]), goal=0.5, size=128)
+    examples = load_examples(TASKS["arithmetic"], make_sums()["train"], "arithmetic")
+    steps = teach(model, tokenizer, examples, goal=0.5, size=128)
     gpt.save_checkpoint(folder, steps, model, tokenizer, {"model_config": shape})
 
 
@@ -658,6 +1026,10 @@ def make_starter(folder: Path) -> None:
 # What a kind of run does differently from the flags' own defaults; a flag that is given wins.
 PRESETS = {
     "nanochat": dict(task="gsm8k"),
+    "huggingface": dict(task="gsm8k-boxed", matrix_optimizer="adamw", embedding_lr=1e-6, unembedding_lr=1e-6, matrix_lr=1e-6,
+                        init_lr_frac=1.0, lr_schedule="constant", top_k=0, max_new_tokens=512),
+    "muon": dict(matrix_lr=0.001),          # what nanochat's rate is at its init_lr_frac
+    "lora": dict(matrix_optimizer="adamw", matrix_lr=1e-4, init_lr_frac=1.0),
     "starter": dict(task="arithmetic", max_steps=60, examples_per_step=512, num_samples=4, max_new_tokens=8,
                     rollout_batch_size=2048, device_batch_size=64, embedding_lr=1.0, unembedding_lr=0.2, matrix_lr=0.25,
                     eval_every=20, save_every=20),
@@ -677,7 +1049,8 @@ def parse_flags(argv: list[str]) -> dict:
             parser.add_argument(name, action="store_true", help=f.metadata["help"])
         else:
             default = "" if f.default in (None, "") else f" (default: {f.default})"
-            parser.add_argument(name, type={"int": int, "float": float, "str": str}[kind], help=f.metadata["help"] + default)
+            kinds = {"int": int, "float": float, "str": str}
+            parser.add_argument(name, type=kinds[kind], help=(f.metadata["help"] + default).replace("%", "%%"))
     parser.error = fail
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
@@ -689,33 +1062,42 @@ def parse_flags(argv: list[str]) -> dict:
     return given
 
 
-def find_source(tag: str | None, base: Path) -> Path:
-    """The folder that --model-tag names, which may not be there."""
+def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
+    """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub name."""
     folder = base / "chatsft_checkpoints"
     tags = sorted(path.parent.name for path in folder.glob("*/model_*.pt"))
     if tag is None:
         sized = [(int(found[1]), t) for t in tags if (found := re.match(r"d(\d+)", t))]
-        newest = max(tags, key=lambda t: (folder / t).stat().st_mtime, default="starter")
-        return folder / (max(sized)[1] if sized else newest)
-    return folder / tag if tag in (*tags, "starter") else Path(tag).resolve()
+        tag = max(sized)[1] if sized else max(tags, key=lambda t: (folder / t).stat().st_mtime, default="starter")
+    if tag in (*tags, "starter"):
+        return folder / tag, tag
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
+        return None, tag.partition("/")[2]
+    path = Path(tag).resolve()
+    return path, path.parent.name if path.name.isdigit() else path.name        # a step's folder in a run's
 
 
-def find_out(source: Path, base: Path, evaluation: bool) -> Path:
-    """The folder that a run writes to, named after its source: never the source itself."""
+def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Path:
+    """The folder that a run writes to: never the one that it begins from."""
     parent = base / "chatrl_checkpoints"
     if evaluation:
-        return parent / "evaluations" / source.name
-    names = itertools.chain([source.name], (f"{source.name}-{n}" for n in itertools.count(2)))
-    return next(parent / name for name in names if parent / name != source)
+        return parent / "evaluations" / name
+    taken = [source, *source.parents] if source else []
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(parent / name for name in names if parent / name not in taken)
 
 
-def find_resumable(out: Path, device: torch.device) -> tuple | None:
-    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state."""
+def find_resumable(out: Path, source: Path | None, device: torch.device) -> tuple | None:
+    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen weights
+    of adapters come from the run's source."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
-            dtype = gpt.load_meta(out / f"meta_{step:06d}.json")["flags"]["dtype"]
-            model, tokenizer, meta = gpt.load_checkpoint(out, step, device, getattr(torch, dtype))
-            return model, tokenizer, meta, gpt.load_training(out, meta, device)
+            meta = gpt.load_meta(out / f"meta_{step:06d}.json")
+            flags = {**asdict(Flags()), **meta["flags"]}
+            training = gpt.load_training(out, meta, device)
+            place = (source, meta["source"]["step"]) if flags["lora_rank"] else (out, step)
+            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"])
+            return model, tokenizer, {**loaded, **meta}, training
         except UserError as error:
             say(f"passing over step {step}: {error}")
         except Exception as error:          # damaged files fail in many ways
@@ -723,11 +1105,16 @@ def find_resumable(out: Path, device: torch.device) -> tuple | None:
     return None
 
 
-def settle_flags(given: dict, preset: dict, saved: dict | None, device: torch.device) -> Flags:
+def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.device) -> Flags:
     """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError where one is
     given that would make it another run."""
+    preset = dict(PRESETS[kind])
+    if given.get("lora_rank"):
+        preset |= PRESETS["lora"]
+    elif kind == "huggingface" and given.get("matrix_optimizer") == "muon":
+        preset |= PRESETS["muon"]
     if "num_epochs" in given:
-        preset = {key: value for key, value in preset.items() if key != "max_steps"}
+        preset.pop("max_steps", None)
     known = {f.name: f.metadata["resumable"] for f in fields(Flags)}
     if unknown := sorted(set(saved or {}) - set(known)):
         say(f"passing over flags of the run that are unknown here: {', '.join(unknown)}")
@@ -741,93 +1128,120 @@ def settle_flags(given: dict, preset: dict, saved: dict | None, device: torch.de
     return replace(flags, dtype=flags.dtype or ("bfloat16" if fast else "float32"))
 
 
-def load_task(flags: Flags) -> tuple[Task, list[Example], list[Example]]:
-    """The task, its training and its test questions. Raises UserError."""
-    if flags.task not in TASKS:
-        raise UserError(f"--task {flags.task} is unknown: choose {', '.join(TASKS)}")
-    task = TASKS[flags.task]
-    if not callable(task.data):
-        task = replace(task, data=flags.data)
-    train, test = task.data() if callable(task.data) else load_rows(task.data)
-    return task, load_examples(task, "train", train), load_examples(task, "test", test)
+def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple:
+    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises UserError."""
+    there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
+    if not there and source == base / "chatsft_checkpoints" / "starter":
+        say(f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one")
+        make_starter(source)
+    elif not there:
+        tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
+        raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
+                        "folder with model_*.pt or config.json and *.safetensors, or a hub name")
+    template = Path(flags.chat_template).read_text() if flags.chat_template else None
+    dtype = getattr(torch, flags.dtype)
+    model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
+    if flags.lora_rank:
+        gpt.init_adapters(model, flags.seed)
+    digests = [digest for name, digest in meta["sha256"].items() if not name.startswith("optim")]
+    meta["source"] = {"path": str(source), "step": meta.get("step"), "sha256": sorted(digests)}
+    return model, tokenizer, meta
 
 
-def digest_of(*parts: list[Example]) -> str:
+def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
+    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A source that
+    is gone is not needed any more."""
+    step = meta["source"]["step"] if flags.model_step is None else flags.model_step
+    try:
+        files = gpt.checkpoint_files(source, step) if source else []
+    except UserError:
+        if flags.model_step is not None:
+            raise
+        return
+    digests = {}
+    for path in files:
+        gpt.read_file(path, digests)
+    if digests and sorted(digests.values()) != meta["source"]["sha256"]:
+        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume to "
+                        "begin anew")
+
+
+def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
     """What the questions are, wherever they lie."""
-    return hashlib.sha256(json.dumps([[asdict(example) for example in part] for part in parts]).encode()).hexdigest()
+    parts = {"train": train, **tests}
+    content = {name: [(x.index, x.prompt, x.references) for x in part] for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def keep_short(run: Run, split: str, limit: int) -> list[Example]:
+def keep_short(examples: list[Example], name: str, tokenizer: Any, limit: int) -> list[Example]:
     """The examples whose prompts are no longer than `limit` tokens; says how many are."""
-    examples = getattr(run, split)
-    short = [x for x in examples if len(run.tokenizer.render(run.task.messages(x))) <= limit]
+    short = [example for example in examples if len(prompt_of(example, tokenizer)) <= limit]
     if len(short) < len(examples):
-        say(f"{len(examples) - len(short)} of {len(examples)} {split} questions are longer than {limit} tokens and left out")
+        say(f"{len(examples) - len(short)} of {len(examples)} {name} questions are longer than {limit} tokens and left out")
     return short
 
 
-def check_same_source(meta: dict, source: Path, flags: Flags) -> None:
-    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with."""
-    step = meta["source"]["step"] if flags.model_step is None else flags.model_step
-    if not gpt.checkpoint_steps(source):
-        return                              # the run needs it no more
-    if flags.model_step is None and step not in gpt.checkpoint_steps(source):
-        step = None
-    if sorted(gpt.checkpoint_digests(source, step).values()) != meta["source"]["sha256"]:
-        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume to "
-                        "begin anew")
+def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
+    """Gives the chat template the run's own variables, and its first day for today. Raises UserError."""
+    tokenizer.date = meta.setdefault("date", tokenizer.date)
+    if (flags.chat_template or flags.chat_template_kwargs) and isinstance(tokenizer, Tokenizer):
+        raise UserError("--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has no template")
+    if flags.chat_template_kwargs:
+        try:
+            tokenizer.variables = dict(json.loads(flags.chat_template_kwargs))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object") from error
 
 
 def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     """Finds and checks everything that a run needs: the run, and the state of what learns. Raises UserError, before anything
     is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
-    source = find_source(given.get("model_tag"), base)
-    out = find_out(source, base, evaluation=given.get("max_steps") == 0)
-    is_starter = source == base / "chatsft_checkpoints" / "starter"
-    resumed = find_resumable(out, ranks.device) if given.get("resume") else None
-    model, tokenizer, meta, training = resumed or (None, None, {}, None)
-    flags = settle_flags(given, PRESETS["starter" if is_starter else "nanochat"], meta.get("flags"), ranks.device)
+    source, name = find_source(given.get("model_tag"), base)
+    out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
+    going_on = given.get("resume") and gpt.checkpoint_steps(out)
+    if source is None and not going_on:
+        source = gpt.find_hub_folder(given["model_tag"])
+    model, tokenizer, meta, training = (find_resumable(out, source, ranks.device) if going_on else None) or (None, None, {}, None)
+    resumed = model is not None
+    kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
+    if source and (source / "config.json").exists() or "hidden_size" in meta.get("model_config", ()):
+        kind = "huggingface"
+    flags = settle_flags(given, kind, meta.get("flags"), ranks.device)
     if flags.examples_per_step % ranks.size:
         raise UserError(f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
                         f"make it a multiple of {ranks.size}")
-    task, train, test = load_task(flags)
-    data = digest_of(train, test)
+    train, tests = load_task(flags)
+    data = digest_of(train, tests)
     if resumed:
         check_same_source(meta, source, flags)
         if meta["data_sha256"] != data:
             raise UserError(f"--resume: --data {flags.data} is not what the run began with: leave out --resume to begin anew")
     else:
-        model, tokenizer, meta = load_source(source, base, flags, ranks.device, is_starter)
-    run = Run(flags, task, train, test, tokenizer, meta, out, 0, meta["step"] if resumed else 0)
+        model, tokenizer, meta = load_source(source, base, flags, ranks.device)
+    model.recompute = flags.recompute
+    set_template(tokenizer, flags, meta)
     limit = model.config.max_positions - flags.max_new_tokens
-    run.train, run.test = keep_short(run, "train", limit), keep_short(run, "test", limit)
-    steps_per_epoch = len(run.train) // flags.examples_per_step
-    if not steps_per_epoch or not run.test:
-        raise UserError(f"{len(run.train)} training and {len(run.test)} test questions are too few: lower "
+    train = keep_short(train, "train", tokenizer, limit)
+    tests = {name: keep_short(part, name or "test", tokenizer, limit) for name, part in tests.items()}
+    steps_per_epoch = len(train) // flags.examples_per_step
+    num_steps = flags.num_epochs * steps_per_epoch if flags.max_steps is None else flags.max_steps
+    if not all(tests.values()) or not steps_per_epoch and flags.max_steps != 0:
+        raise UserError(f"{len(train)} training and {min(map(len, tests.values()))} test questions are too few: lower "
                         "--examples-per-step or --max-new-tokens")
-    run.num_steps = flags.num_epochs * steps_per_epoch if flags.max_steps is None else flags.max_steps
-    run.meta = {"model_config": meta["model_config"], "flags": asdict(flags), "data_sha256": data, "source": meta["source"],
-                "wandb_id": meta.get("wandb_id", os.urandom(4).hex()), "step": run.step}
+    warn_of_markers(train or [*tests.values()][0], tokenizer)
+    meta = {"model_config": meta["model_config"], "flags": asdict(flags), "data_sha256": data, "source": meta["source"],
+            "date": meta["date"], "wandb_id": meta.get("wandb_id", os.urandom(4).hex()), "step": meta["step"] if resumed else 0}
+    run = Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"])
     stack.enter_context(locked(out))
-    make_folder(out, fresh=not resumed and run.num_steps > 0)
+    make_folder(out, fresh=not resumed and num_steps > 0)
     return run, {"model": model, "training": training}
 
 
-def load_source(source: Path, base: Path, flags: Flags, device: torch.device, is_starter: bool) -> tuple:
-    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there."""
-    if not gpt.checkpoint_steps(source):
-        if is_starter:
-            say(f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one")
-            make_starter(source)
-        elif not any(source.glob("model_*.pt")):
-            tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
-            raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of "
-                            f"{', '.join(tags)}, or a folder with model_*.pt")
-    model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, getattr(torch, flags.dtype))
-    digests = [digest for name, digest in meta["sha256"].items() if not name.startswith("optim")]
-    meta["source"] = {"path": str(source), "step": gpt.find_step(source, flags.model_step), "sha256": sorted(digests)}
-    return model, tokenizer, meta
+def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
+    prompt = examples[0].prompt
+    if isinstance(prompt, str) and not tokenizer.markers & set(tokenizer.encode_raw(prompt)):
+        say(f"warning: --raw-prompt, but none of the model's own markers is in the first question: {shortened(prompt, 80)}")
 
 
 @contextmanager
@@ -870,7 +1284,8 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     ranks.broadcast(weights)
     optimizers = []
     if ranks.rank == 0:
-        optimizers = gpt.make_optimizers(model, flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay)
+        optimizers = gpt.make_optimizers(model, flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay,
+                                         flags.matrix_optimizer)
     if training:
         for optimizer, saved in zip(optimizers, training["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -880,7 +1295,7 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
 def save(run: Run, learner: Learner) -> None:
     """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk refuses."""
     model = learner.model
-    masters = {key: x for key, x in model.state_dict().items() if model.stored_types.get(key, x.dtype) != x.dtype}
+    masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad and model.stored_types.get(name) != p.dtype}
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
     try:
         gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
@@ -895,12 +1310,27 @@ def save(run: Run, learner: Learner) -> None:
 
 
 def evaluate_and_log(run: Run, learner: Learner, log: Log | None, ranks: Ranks) -> None:
-    metrics, groups = evaluate(run, learner, ranks)
-    if metrics:
+    metrics, groups = {"step": run.step}, {}
+    for name, examples in run.tests.items():
+        part, groups[name] = evaluate(run, learner, examples, ranks)
+        metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
+        if ranks.stopping():
+            return
+    if log:
         say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
-        log.write({"step": run.step, **metrics})
+        log.write(metrics)
         log.write_samples(run.step, groups, run.tokenizer)
         log.plot()
+
+
+def advise(lines: list[dict]) -> None:
+    """A word about a run whose first evaluation and first ten steps found nothing right, or nothing wrong."""
+    solved = [value for line in lines for key, value in line.items() if key == "reward" or re.search(r"pass@\d+$", key)]
+    if len(lines) == 11 and all(value == 0 for value in solved):
+        say("nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
+            "--num-samples, an easier task, or a model that was taught the format (SFT)")
+    if len(lines) == 11 and all(value == 1 for value in solved):
+        say("everything was right so far, so there is nothing to learn: try a harder task")
 
 
 def train(run: Run, learner: Learner, ranks: Ranks) -> None:
@@ -919,6 +1349,7 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
         if log:
             say(step_row(run, metrics, spent / (run.step + 1 - first) * (run.num_steps - run.step - 1)))
             log.write({"step": run.step, **metrics})
+            advise(log.lines)
         failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
         if failures == 5:
             raise UserError("the gradient was not finite five times in a row, and nothing more is saved: look at the rewards, "

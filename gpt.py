@@ -103,6 +103,13 @@ class Ranks:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
     def reduce(self, tensor: Tensor) -> None:
         """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
         if self.size > 1:
@@ -672,12 +679,18 @@ class Tokenizer:
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
         for name in self.SPECIAL:
             setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
+        self.markers = {getattr(self, name) for name in self.SPECIAL}
+        self.date = ""
         self.stops, self.call_end = (self.assistant_end, self.bos), self.python_end
         self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids. What looks like a special token in it is plain text."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_raw(self, text: str) -> list[int]:
+        """The same, but for special tokens, which are recognised."""
+        return self.encoding.encode(text, allowed_special="all")
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -750,7 +763,7 @@ class ChatTokenizer:
             raise UserError(f"tokenizer.json is missing or broken ({one_line(error)}): fetch it again") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        self.vocab_size, self.markers = 1 + max(self.tokenizer.get_vocab().values()), set(self.tokenizer.get_added_tokens_decoder())
         settings, *others = (read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
         self.special = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()
                         if name.endswith("_token") and isinstance(value, (str, dict))}
@@ -766,6 +779,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    encode_raw = encode
 
     def decode(self, ids: list[int]) -> str:
         """Token ids -> text, special tokens as they are spelled; an id without a token is nothing."""
@@ -787,8 +802,7 @@ class ChatTokenizer:
     def turn_end(self) -> list[int]:
         """The added token that the template writes after what the assistant says, if it does."""
         chat = self.render_text([{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}])
-        added = self.tokenizer.get_added_tokens_decoder()
-        return [token for after in chat.split("Agreed.")[1:] for token in self.encode(after.lstrip())[:1] if token in added]
+        return [token for after in chat.split("Agreed.")[1:] for token in self.encode(after.lstrip())[:1] if token in self.markers]
 
 
 def read_json(files: dict[str, bytes], name: str) -> dict:
@@ -821,16 +835,17 @@ class Policy:
         values, ids = logits.topk(min(self.top_k, logits.size(-1)))        # a softcap keeps the order
         return self.scores(values), ids
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,) and
-        their logprobs (B,)."""
+    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,), their
+        logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
-        reach = logprobs.exp().cumsum(dim=-1)
+        p = logprobs.exp()
+        reach, entropy = p.cumsum(dim=-1), -(p * logprobs).sum(dim=-1)
         pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True)
         pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
-        return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1)
+        return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Logprobs of tokens (...), given logits (..., V). A token that rounding or an update pushed out of the top k
@@ -862,6 +877,7 @@ class Completion:
     tokens: list[int]
     mask: list[bool]                        # False where the calculator forced the token
     logprobs: list[float]                   # under the policy it was drawn from; 0 where forced
+    entropy: float = 0.0                    # of that policy, summed over the sampled tokens, in nats
 
 
 def mix(x: Tensor) -> Tensor:
@@ -904,9 +920,9 @@ class Transcript:
         full = t + 1 == self.tokens.shape[1]
         return numpy.isin(tokens, self.tokenizer.stops) | full
 
-    def completions(self, logprobs: Tensor) -> list[Completion]:
-        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs.tolist(), self.lengths.tolist()
-        return [Completion(ids[:n], mask[:n], logprob[:n]) for ids, mask, logprob, n in zip(*columns)]
+    def completions(self, logprobs: Tensor, entropy: Tensor) -> list[Completion]:
+        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs.tolist(), entropy.tolist(), self.lengths.tolist()
+        return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
 
 
 class Sampler:
@@ -929,7 +945,7 @@ class Sampler:
                 mine.copy_(x)
 
     def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, ...]:
-        """Tokens (B,) and logprobs (B,) after hidden states (B, C)."""
+        """Tokens, logprobs and entropies (B,) after hidden states (B, C)."""
         drawn = [policy.draw(self.model.unembed(h), u) for h, u in pieces(self.model, hidden, uniform)]
         return tuple(map(torch.cat, zip(*drawn)))
 
@@ -952,16 +968,17 @@ class Sampler:
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
         names = torch.tensor(range(len(prompts)) if keys is None else keys, device=device).repeat_interleave(num_samples)
         stream = fold(seed, names, torch.arange(num_samples, device=device).repeat(len(prompts)))
-        logprobs = torch.zeros(B, max_new_tokens, device=device)
+        figures = torch.zeros(2, B, max_new_tokens, device=device)          # logprobs and entropies of sampled tokens
         transcript = Transcript(self.tokenizer, B, max_new_tokens)
         rows, live, running = torch.arange(B, device=device), numpy.arange(B), numpy.ones(B, dtype=bool)
         for t in range(max_new_tokens):
-            token, logprob = self.draw(hidden, to_uniform(fold(stream, t)), policy)
+            token, *figure = self.draw(hidden, to_uniform(fold(stream, t)), policy)
+            figure = torch.stack(figure)
             forced = transcript.forced[live, t]
             if forced.max() >= 0:
                 forced = torch.from_numpy(forced).to(device)
-                token, logprob = torch.where(forced >= 0, forced, token), logprob.masked_fill(forced >= 0, 0.0)
-            logprobs[rows, t] = logprob
+                token, figure = torch.where(forced >= 0, forced, token), figure.masked_fill(forced >= 0, 0.0)
+            figures[:, rows, t] = figure
             said = token.cpu().numpy()                                      # the one wait for the device
             ended = transcript.write(t, live[running], said[running])
             running[running] = ~ended
@@ -974,7 +991,7 @@ class Sampler:
                 token, stream, rows = (x.index_select(0, index) for x in (token, stream, rows))
                 live, running = live[running], running[running]
             hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
-        completions = transcript.completions(logprobs)
+        completions = transcript.completions(*figures)
         return [completions[i:i + num_samples] for i in range(0, B, num_samples)]
 
 
@@ -1262,6 +1279,16 @@ def build(config: Config, state: dict[str, Tensor], device: str | torch.device, 
     return model
 
 
+@torch.no_grad()
+def init_adapters(model: GPT, seed: int) -> None:
+    """Makes A random and leaves B zero, so that the adapters do nothing yet."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_a"):
+            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.size(1)))
+
+
+@torch.no_grad()
 def saved_weights(model: GPT) -> dict[str, Tensor]:
     """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
     state = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
@@ -1475,8 +1502,16 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) ->
 
 def share_model(model: GPT | None, ranks: Ranks) -> GPT:
     """Rank 0's model on every rank."""
-    shape = ranks.share((model.config, model.dtype) if model else None)
-    model = model or empty_model(*shape).to_empty(device=ranks.device)
+    shape = ranks.share((model.config, model.dtype, model.recompute) if model else None)
+    if model is None:
+        config, dtype, recompute = shape
+        model = empty_model(config, dtype)
+        model.recompute = recompute
+        if config.lora_rank:
+            for name, p in model.named_parameters():
+                p.requires_grad_("lora_" in name)
+            model.to(dtype)
+        model.to_empty(device=ranks.device)
     for p in model.parameters():
         ranks.broadcast(p.data)
     return model
