@@ -1,4 +1,4 @@
-"""Reinforcement learning for a small chat GPT: from a nanochat SFT checkpoint to a better one.
+"""Reinforcement learning for a small chat GPT: from a nanochat checkpoint or a Llama, Qwen 2.5 or Qwen 3 to a better one.
 
     python chat_rl.py                                       # one GPU, or a CPU; makes its own tiny model if you have none
     torchrun --nproc_per_node=8 chat_rl.py --model-tag=d24  # eight GPUs
@@ -6,17 +6,18 @@
 Each step asks a few questions, samples a group of completions to each, rewards each, and takes one step uphill:
 
     advantage = reward − mean reward of the completion's group
-    loss      = −Σ advantage · log π(token) / number of sampled tokens in the step,   over the sampled tokens
+    loss      = −Σ advantage · π(token) / π_sampled(token) / number of sampled tokens in the step,   over the sampled tokens
 
-That is REINFORCE (Williams 1992) with the group's mean for a baseline, or what is left of GRPO (Shao et al. 2024) when
- 1. every rollout is used once, by the policy that sampled it: no importance ratio, no clipping,
+Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean for a
+baseline, or what is left of GRPO (Shao et al. 2024) when
+ 1. every rollout is used once, by the policy that sampled it (--updates-per-rollout and --clip change that),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
  4. the loss is normalised by the tokens of the whole step (DAPO, Yu et al. 2025): each counts the same, in any batch.
 
 The policy is the distribution that is sampled from, after temperature and top-k, in the loss as in the sampler. Tokens
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
-tokenizer, checkpoints, optimizers) is gpt.py.
+tokenizers, checkpoints, optimizers) is gpt.py.
 """
 from __future__ import annotations
 
@@ -144,6 +145,10 @@ class Group:
     scores: list[float] = field(default_factory=list)           # what the grader gave, 0 to 1
     rewards: list[float] = field(default_factory=list)          # what is learned from
     advantages: list[float] = field(default_factory=list)
+
+    def lessons(self) -> list[tuple[Completion, float]]:
+        """The completions that there is something to learn from, and their advantages."""
+        return [(c, advantage) for c, advantage in zip(self.completions, self.advantages) if advantage]
 
 
 def reward_of(score: float) -> float:
@@ -276,11 +281,10 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
     cache, and the gradients that they leave there are sent back through it in the end.
     """
     log_ratios = [torch.zeros(0, device=model.device)]
-    for part in batched([group for group in groups if any(group.advantages)], size):
+    for part in batched([group for group in groups if group.lessons()], size):
         prefix = gpt.prefill(model, [group.prompt for group in part])
         leaves = prefix.leaves()
-        rows = [(i, completion, advantage) for i, group in enumerate(part)
-                for completion, advantage in zip(group.completions, group.advantages) if advantage]
+        rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.lessons()]
         rows.sort(key=lambda row: len(row[1].tokens))
         for batch in batched(rows, size):
             questions, completions, advantages = zip(*batch)
@@ -300,8 +304,9 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
     the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
-    tokens = ranks.sum({i: sum(sum(c.mask) for c in mine[i].completions) if i in mine and any(mine[i].advantages) else 0.0
-                        for i in range(size)})
+    tokens = dict.fromkeys(range(size), 0.0)
+    tokens |= {i: sum(sum(c.mask) for c in group.completions) for i, group in mine.items() if group.lessons()}
+    tokens = ranks.sum(tokens)
     order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if tokens[i]]
     rest = (num_tokens - sum(tokens.values())) / K
     parts = [sorted(order[k::K]) for k in range(min(K, len(order)))]
