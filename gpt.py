@@ -19,7 +19,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -500,7 +499,7 @@ class GPT(nn.Module):
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache, config = cache or Cache(), self.config
         rope = rope_of(config, cache.positions(ids), self.dtype)
-        windows = config.windows or (sys.maxsize,) * config.n_layer
+        windows = config.windows or (config.max_positions,) * config.n_layer
         masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
