@@ -219,7 +219,7 @@ def test_draw_has_the_distribution(temperature, top_k):
     """Evenly spaced numbers draw each token within one of its probability's share, with that probability's logprob."""
     raw, n = torch.randn(265, generator=torch.Generator().manual_seed(0)) * 20, 40_000
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
-    tokens, logprobs = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    tokens, logprobs, _ = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
     scores = 15 * torch.tanh(raw.double() / 15) / temperature
     if top_k:
         scores[raw < raw.sort(descending=True).values[top_k - 1]] = -torch.inf
@@ -235,7 +235,7 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     """The loss's logprobs are the log-softmax over the top k at temperature, and equal the sampler's."""
     raw = torch.randn(50, 265, generator=torch.Generator().manual_seed(0)) * 10
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
-    tokens, logprobs = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
+    tokens, logprobs, _ = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
     scores = 15 * torch.tanh(raw / 15) / temperature
     if 0 < top_k < 265:
         scores[raw < raw.sort(descending=True).values[:, top_k - 1:top_k]] = -torch.inf
