@@ -88,8 +88,8 @@ def adder_base(tmp_path_factory) -> Path:
     base, tokenizer, task = tmp_path_factory.mktemp("adder"), chat_rl.byte_tokenizer(), chat_rl.TASKS["arithmetic"]
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
-    examples = chat_rl.load_examples(task, "train", chat_rl.make_sums()[0])
-    chat_rl.teach(model, tokenizer, task, examples, goal=0.2, size=64)
+    examples = chat_rl.load_examples(task, chat_rl.make_sums()["train"], "arithmetic")
+    chat_rl.teach(model, tokenizer, examples, goal=0.2, size=64)
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": shape})
     return base
 

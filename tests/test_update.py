@@ -5,15 +5,12 @@ import re
 import shutil
 import statistics
 from copy import deepcopy
-from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SHAPE, SMALL, chat, generate, metrics, policy_of, run, tiny_model, weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_run import main, untimed
 
 import chat_rl
@@ -23,7 +20,6 @@ from chat_rl import TASKS, Example, Flags, Group
 QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you say what it is, sixty tokens or so.",
              "3 + 4", "1 + 1 = ", "Twenty-two characters."]
 REWARDS = [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.5, 0.5], [1.0] * 5, [0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 4 + [0.3]]
-fuzz = settings(deadline=None, derandomize=True, max_examples=300)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The gradient
@@ -51,10 +47,15 @@ def sampled_tokens(groups: list[Group]) -> int:
     return sum(sum(c.mask) for group in groups for c in group.completions)
 
 
+def reinforce(logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """The loss at ratio 1, for completions that were edited after they were sampled."""
+    return -advantages * logprobs
+
+
 def gradient(model: gpt.GPT, groups: list[Group], policy: gpt.Policy, size: int = 8) -> torch.Tensor:
     """The project's gradient, of all parameters, as one vector."""
     _, vector = gpt.flatten(model)
-    chat_rl.backward(model, groups, policy, size)
+    chat_rl.backward(model, groups, policy, size, reinforce)
     return vector / sampled_tokens(groups)
 
 
@@ -102,7 +103,7 @@ def test_gradient_adds_up_over_ranks(tokenizer):
     groups, policy = some_groups(model, tokenizer), policy_of(model)
     whole, (_, halves) = gradient(model, groups, policy), gpt.flatten(model)
     for rank in range(2):
-        chat_rl.backward(model, groups[rank::2], policy, 8)
+        chat_rl.backward(model, groups[rank::2], policy, 8, reinforce)
     assert distance(halves / sampled_tokens(groups), whole) < 1e-6
 
 
@@ -145,7 +146,7 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
     for size in (1, 2, 3, 8, 100):
         for seen in (prefilled, answered, unembedded):
             seen.clear()
-        count = chat_rl.backward(model, groups, policy, size)["learned"]
+        count = len(chat_rl.backward(model, groups, policy, size))
         whole = [group.prompt for group in groups if any(group.advantages)]
         assert sorted(row[:len(prompt)] for row, prompt in zip(prefilled, whole, strict=True)) == sorted(whole)
         longer = [c.tokens[:-1] for _, c in learned if len(c.tokens) > 1]      # a single token leaves nothing to run
@@ -153,18 +154,20 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
         assert len(longer) <= len(answered) <= len(learned)
         assert sum(unembedded) == count == sum(sum(c.mask) for _, c in learned)
     prefilled.clear()
-    assert chat_rl.backward(model, [groups[2]], policy, 8) == {"learned": 0, "gap": 0.0} and prefilled == []
+    assert len(chat_rl.backward(model, [groups[2]], policy, 8)) == 0 and prefilled == []
 
 
 def test_gap_is_measured(tokenizer):
-    """backward returns the sum of |sampler − trainer| logprob over the tokens it learned from, and their number."""
+    """backward returns the log ratio of each token it learned from; the gap is the mean of their sizes."""
     model, prompts = tiny_model(), [tokenizer.render(chat(question)) for question in QUESTIONS]
     completions, policy = generate(model, tokenizer, prompts, 2, 12, 0.8, 20), policy_of(model, 0.8, 20)
     groups = [Group(None, prompt, group, advantages=[1.0, -1.0]) for prompt, group in zip(prompts, completions)]
-    sums = chat_rl.backward(model, groups, policy, 8)
-    assert sums["learned"] == sampled_tokens(groups) and sums["gap"] / sums["learned"] < 1e-5
+    log_ratios = chat_rl.backward(model, groups, policy, 8)
+    assert len(log_ratios) == sampled_tokens(groups) and log_ratios.abs().max() < 1e-4
     groups[0].completions[0].logprobs[0] += 0.5
-    assert chat_rl.backward(model, groups, policy, 8)["gap"] == pytest.approx(0.5, abs=1e-2)
+    measured = chat_rl.measure_drift([chat_rl.backward(model, groups, policy, 8)], (), gpt.Ranks("cpu"))
+    assert measured["sampler_gap"] * len(log_ratios) == pytest.approx(0.5, abs=1e-2)
+    assert measured["ratio_max"] == pytest.approx(math.exp(0.5), rel=1e-3) and measured["tokens"] == len(log_ratios)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,36 +264,9 @@ def test_mean_and_error():
     assert chat_rl.mean_and_error([0.25]) == (0.25, 0.0)
 
 
-@pytest.mark.parametrize("text, number", [
-    ("#### 1000", "1000"), ("#### 1,000", "1000"), ("#### 1000.0", "1000"), ("####1000", "1000"), ("#### $5", "5"),
-    ("#### 5.", "5"), ("#### 5.\n", "5"), ("#### -3", "-3"), ("#### +3", "3"), ("#### $1,234.50", "1234.5"),
-    ("#### .5", "0.5"), ("#### 007", "7"), ("#### 1 #### 2", "2"), ("#### 3\n#### 4", "4"), ("so 7\n\n####  8", "8"),
-    ("#### " + "1234567890" * 4, "1234567890" * 4),
-    ("", None), ("####", None), ("#### ", None), ("5", None), ("### 5", None), ("#### five", None), ("#### 1.2.3", None),
-    ("#### 5 #### ", None), ("#### .", None), ("#### -", None), ("#### $", None), ("#### --5", None), ("#### ٥", None)])
-def test_final_number(text, number):
-    """The number after the last ####, commas, a leading $ and a trailing full stop aside; None where there is none."""
-    grader = TASKS["gsm8k"].grader
-    assert chat_rl.final_number(text) == (None if number is None else Decimal(number))
-    assert grader("#### 99", text) == 0.0
-    for form in ("{}", "${}", "{:,.2f}") if number else ():
-        assert grader(f"so\n#### {form.format(Decimal(number))}", text) == 1.0
-
-
-@fuzz
-@given(st.one_of(st.text(), st.text("#0123456789.,$+-eE_ \n٥½"),
-                 st.builds("#### {}".format, st.text("0123456789.,$+-eE \n"))))
-def test_numbers_of_any_text(text):
-    """No text breaks the reward, and what is taken for a number is finite."""
-    for number in (chat_rl.leading_number(text), chat_rl.final_number(text)):
-        assert number is None or number.is_finite()
-    assert TASKS["gsm8k"].grader("#### 5", text) in (0.0, 1.0)
-    assert TASKS["arithmetic"].grader("5", text) in (0.0, 1.0)
-
-
 def test_arithmetic_holds_out_both_orders():
     """No test pair is trained on in either order; all pairs below 100 are in one of the splits; the answers are right."""
-    grader, (train, test) = TASKS["arithmetic"].grader, chat_rl.make_sums()
+    grader, (train, test) = TASKS["arithmetic"].grader, chat_rl.make_sums().values()
 
     def pairs(rows: list[dict]) -> list[tuple[int, int]]:
         numbers = [tuple(map(int, re.findall(r"\d+", row["question"]))) for row in rows]
@@ -303,12 +279,12 @@ def test_arithmetic_holds_out_both_orders():
     assert len(set(trained)) == len(trained) and len(set(tested)) == len(tested) >= 100
     assert {(b, a) for a, b in trained} == set(trained)
     assert grader(test[0]["answer"], test[0]["answer"]) == 1.0 and grader(test[0]["answer"], "x") == 0.0
-    assert chat_rl.make_sums() == (train, test)
+    assert chat_rl.make_sums() == {"train": train, "test": test}
 
 
 def test_each_epoch_shuffles_all_questions():
     """The steps of an epoch go through the questions once; epochs and seeds differ in order."""
-    examples = [Example(i, "", "") for i in range(26)]
+    examples = [Example(i, "", [], None) for i in range(26)]
 
     def order(seed: int, epoch: int) -> list[int]:
         run = SimpleNamespace(train=examples, flags=Flags(examples_per_step=4, seed=seed))
