@@ -1,4 +1,4 @@
-"""Reinforcement learning for a small chat GPT: from a nanochat SFT checkpoint to a better one.
+"""Reinforcement learning for a small chat GPT: from a nanochat checkpoint or a Llama, Qwen 2.5 or Qwen 3 to a better one.
 
     python chat_rl.py                                       # one GPU, or a CPU; makes its own tiny model if you have none
     torchrun --nproc_per_node=8 chat_rl.py --model-tag=d24  # eight GPUs
@@ -6,17 +6,18 @@
 Each step asks a few questions, samples a group of completions to each, rewards each, and takes one step uphill:
 
     advantage = reward − mean reward of the completion's group
-    loss      = −Σ advantage · log π(token) / number of sampled tokens in the step,   over the sampled tokens
+    loss      = −Σ advantage · π(token) / π_sampled(token) / number of sampled tokens in the step,   over the sampled tokens
 
-That is REINFORCE (Williams 1992) with the group's mean for a baseline, or what is left of GRPO (Shao et al. 2024) when
- 1. every rollout is used once, by the policy that sampled it: no importance ratio, no clipping,
+Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean for a
+baseline, or what is left of GRPO (Shao et al. 2024) when
+ 1. every rollout is used once, by the policy that sampled it (--updates-per-rollout and --clip change that),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
  4. the loss is normalised by the tokens of the whole step (DAPO, Yu et al. 2025): each counts the same, in any batch.
 
 The policy is the distribution that is sampled from, after temperature and top-k, in the loss as in the sampler. Tokens
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
-tokenizer, checkpoints, optimizers) is gpt.py.
+tokenizers, checkpoints, optimizers) is gpt.py.
 """
 from __future__ import annotations
 
@@ -144,6 +145,10 @@ class Group:
     scores: list[float] = field(default_factory=list)           # what the grader gave, 0 to 1
     rewards: list[float] = field(default_factory=list)          # what is learned from
     advantages: list[float] = field(default_factory=list)
+
+    def lessons(self) -> list[tuple[Completion, float]]:
+        """The completions that there is something to learn from, and their advantages."""
+        return [(c, advantage) for c, advantage in zip(self.completions, self.advantages) if advantage]
 
 
 def reward_of(score: float) -> float:
@@ -276,11 +281,10 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
     cache, and the gradients that they leave there are sent back through it in the end.
     """
     log_ratios = [torch.zeros(0, device=model.device)]
-    for part in batched([group for group in groups if any(group.advantages)], size):
+    for part in batched([group for group in groups if group.lessons()], size):
         prefix = gpt.prefill(model, [group.prompt for group in part])
         leaves = prefix.leaves()
-        rows = [(i, completion, advantage) for i, group in enumerate(part)
-                for completion, advantage in zip(group.completions, group.advantages) if advantage]
+        rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.lessons()]
         rows.sort(key=lambda row: len(row[1].tokens))
         for batch in batched(rows, size):
             questions, completions, advantages = zip(*batch)
@@ -300,8 +304,9 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
     the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
-    tokens = ranks.sum({i: sum(sum(c.mask) for c in mine[i].completions) if i in mine and any(mine[i].advantages) else 0.0
-                        for i in range(size)})
+    tokens = dict.fromkeys(range(size), 0.0)
+    tokens |= {i: sum(sum(c.mask) for c in group.completions) for i, group in mine.items() if group.lessons()}
+    tokens = ranks.sum(tokens)
     order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if tokens[i]]
     rest = (num_tokens - sum(tokens.values())) / K
     parts = [sorted(order[k::K]) for k in range(min(K, len(order)))]
@@ -322,34 +327,48 @@ def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float
 
 
 def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_tokens: float, ranks: Ranks) -> dict:
-    """The updates of a step, and what they did: metrics."""
-    clip = tuple(float(part) for part in run.flags.clip.split(",") if part)
-    before = learner.weights.clone() if ranks.rank == 0 else learner.weights
-    norms, first, drifts, largest, left_out = [], None, [torch.zeros(0)], 0.0, 0
+    """The updates of a step. Returns what they did: metrics."""
+    flags, clip = run.flags, clip_of(run.flags)
+    before = learner.weights.clone()
+    norms, parts = [], []
     for part, tokens in deal(run, groups, num_tokens, ranks):
         learner.gradient.zero_()
-        drift = backward(learner.model, part, policy, run.flags.device_batch_size, partial(loss_of, clip=clip)).cpu()
-        drifts.append(drift)
-        first = drift if first is None else first
-        part_largest = ranks.max(drift.abs().amax().item() if len(drift) else 0.0)
-        largest = max(largest, part_largest)
-        if run.flags.max_ratio and part_largest > math.log(run.flags.max_ratio):
-            left_out += 1
-        else:
-            norms.append(update(run, learner, tokens, ranks))
-    drift, first = torch.cat(drifts), drifts[0] if first is None else first
-    low, high = (clip[0], clip[-1]) if clip else (math.inf, math.inf)
-    outside = (drift.exp() - 1 > high) | (drift.exp() - 1 < -low)
-    sums = ranks.sum({"tokens": len(drift), "clipped": outside.sum().item(),
-                      "kl": (drift.exp() - 1 - drift).sum().item(),               # the k3 estimate (Schulman 2020)
-                      "first": len(first), "gap": first.abs().sum().item()})
-    count = max(sums["tokens"], 1)
+        log_ratios = backward(learner.model, part, policy, flags.device_batch_size, partial(loss_of, clip=clip))
+        parts.append(log_ratios)
+        if flags.max_ratio and ranks.max(largest(log_ratios)) > math.log(flags.max_ratio):
+            continue
+        norms.append(update(run, learner, tokens, ranks))
+    drift = measure_drift(parts, clip, ranks)
     return {"grad_norm": statistics.fmean(norms) if norms else 0.0,
             "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
-            "advantage_tokens": sums["tokens"] / num_tokens,
-            "sampler_gap": sums["gap"] / max(sums["first"], 1),
-            "ratio_max": math.exp(min(largest, 700)), "approx_kl": sums["kl"] / count,
-            "clip_fraction": sums["clipped"] / count, "parts_left_out": left_out}
+            "advantage_tokens": drift.pop("tokens") / num_tokens,
+            "parts_left_out": len(parts) - len(norms),
+            **drift}
+
+
+def clip_of(flags: Flags) -> tuple[float, ...]:
+    """How far the ratio may go down and up: none, one or two numbers."""
+    return tuple(float(part) for part in flags.clip.split(",") if part)
+
+
+def largest(log_ratios: Tensor) -> float:
+    return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
+
+
+def measure_drift(parts: list[Tensor], clip: tuple[float, ...], ranks: Ranks) -> dict[str, float]:
+    """How far the policy was from the one that sampled, given log π / π_sampled of the tokens of each part."""
+    first, drift = (torch.cat([torch.zeros(0), *(part.cpu() for part in some)]) for some in (parts[:1], parts))
+    ratio = drift.exp()
+    outside = (ratio < 1 - clip[0]) | (ratio > 1 + clip[-1]) if clip else ratio > math.inf
+    sums = ranks.sum({"tokens": len(drift), "first": len(first), "gap": first.abs().sum().item(),
+                      "clipped": outside.sum().item(),
+                      "kl": (ratio - 1 - drift).sum().item()})         # the k3 estimate (Schulman 2020)
+    count = max(sums["tokens"], 1)
+    return {"tokens": sums["tokens"],
+            "sampler_gap": sums["gap"] / max(sums["first"], 1),         # before any update
+            "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
+            "approx_kl": sums["kl"] / count,
+            "clip_fraction": sums["clipped"] / count}
 
 
 def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
@@ -362,9 +381,9 @@ def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
     if ranks.stopping():
         return None
     total = ranks.sum(tally(groups, run.tokenizer.stops))
-    rolled_out = time.monotonic()                       # on all ranks
+    rolled_out = time.monotonic()
+    rollout_seconds = ranks.max(rolled_out - begun)     # of the rank that began first
     learned = learn(run, learner, groups, policy, total["sampled"], ranks)
-    done = time.monotonic()
     return {"reward": total["reward"] / total["completions"],
             "all_right": total["all_right"] / total["questions"],
             "all_wrong": total["all_wrong"] / total["questions"],
@@ -374,9 +393,9 @@ def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
             "grader_timeouts": total["timeouts"],
             **learned,
             "lrm": run.lrm,
-            "rollout_seconds": rolled_out - begun,
-            "update_seconds": done - rolled_out,
-            "tokens_per_second": total["tokens"] / (rolled_out - begun)}
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": time.monotonic() - rolled_out,
+            "tokens_per_second": total["tokens"] / rollout_seconds}
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -1059,6 +1078,8 @@ def parse_flags(argv: list[str]) -> dict:
             raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range: the least is {low}")
         if choices and value not in (None, *choices):
             raise UserError(f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}")
+    if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
+        raise UserError(f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28")
     return given
 
 
@@ -1193,17 +1214,13 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
             raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object") from error
 
 
-def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
-    """Finds and checks everything that a run needs: the run, and the state of what learns. Raises UserError, before anything
-    is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
-    source, name = find_source(given.get("model_tag"), base)
-    out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
+def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, dict | None]:
+    """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
     going_on = given.get("resume") and gpt.checkpoint_steps(out)
     if source is None and not going_on:
         source = gpt.find_hub_folder(given["model_tag"])
-    model, tokenizer, meta, training = (find_resumable(out, source, ranks.device) if going_on else None) or (None, None, {}, None)
-    resumed = model is not None
+    resumed = find_resumable(out, source, ranks.device) if going_on else None
+    model, tokenizer, meta, training = resumed or (None, None, {}, None)
     kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
     if source and (source / "config.json").exists() or "hidden_size" in meta.get("model_config", ()):
         kind = "huggingface"
@@ -1211,31 +1228,48 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     if flags.examples_per_step % ranks.size:
         raise UserError(f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
                         f"make it a multiple of {ranks.size}")
-    train, tests = load_task(flags)
-    data = digest_of(train, tests)
     if resumed:
         check_same_source(meta, source, flags)
-        if meta["data_sha256"] != data:
-            raise UserError(f"--resume: --data {flags.data} is not what the run began with: leave out --resume to begin anew")
+        meta = {**meta, "flags": asdict(flags)}
     else:
-        model, tokenizer, meta = load_source(source, base, flags, ranks.device)
+        model, tokenizer, loaded = load_source(source, base, flags, ranks.device)
+        meta = {"model_config": loaded["model_config"], "flags": asdict(flags), "source": loaded["source"], "step": 0,
+                "wandb_id": os.urandom(4).hex()}
     model.recompute = flags.recompute
     set_template(tokenizer, flags, meta)
-    limit = model.config.max_positions - flags.max_new_tokens
+    return flags, model, tokenizer, meta, training
+
+
+def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Example], dict[str, list[Example]]]:
+    """The training and test questions whose prompts have at most `limit` tokens. Raises UserError."""
+    train, tests = load_task(flags)
+    digest = digest_of(train, tests)
+    if meta.setdefault("data_sha256", digest) != digest:
+        raise UserError("--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew")
     train = keep_short(train, "train", tokenizer, limit)
     tests = {name: keep_short(part, name or "test", tokenizer, limit) for name, part in tests.items()}
-    steps_per_epoch = len(train) // flags.examples_per_step
-    num_steps = flags.num_epochs * steps_per_epoch if flags.max_steps is None else flags.max_steps
-    if not all(tests.values()) or not steps_per_epoch and flags.max_steps != 0:
-        raise UserError(f"{len(train)} training and {min(map(len, tests.values()))} test questions are too few: lower "
-                        "--examples-per-step or --max-new-tokens")
-    warn_of_markers(train or [*tests.values()][0], tokenizer)
-    meta = {"model_config": meta["model_config"], "flags": asdict(flags), "data_sha256": data, "source": meta["source"],
-            "date": meta["date"], "wandb_id": meta.get("wandb_id", os.urandom(4).hex()), "step": meta["step"] if resumed else 0}
-    run = Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"])
+    fewest = min(map(len, tests.values()))
+    if not fewest or len(train) < flags.examples_per_step and flags.max_steps != 0:
+        raise UserError(f"{len(train)} training and {fewest} test questions are too few: lower --examples-per-step or "
+                        "--max-new-tokens")
+    warn_of_markers(train or next(iter(tests.values())), tokenizer)
+    return train, tests
+
+
+def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
+    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError, before
+    anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    source, name = find_source(given.get("model_tag"), base)
+    out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
+    flags, model, tokenizer, meta, training = load(given, source, out, base, ranks)
+    train, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
+    num_steps = flags.max_steps
+    if num_steps is None:
+        num_steps = flags.num_epochs * (len(train) // flags.examples_per_step)
     stack.enter_context(locked(out))
-    make_folder(out, fresh=not resumed and num_steps > 0)
-    return run, {"model": model, "training": training}
+    make_folder(out, fresh=training is None and num_steps > 0)
+    return Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"]), {"model": model, "training": training}
 
 
 def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:

@@ -1137,7 +1137,12 @@ def load_checkpoint(directory: str | Path, step: int | None = None, device: str 
     else:
         config, state, tokenizer = load_huggingface(folder, digests, device, template)
         meta["model_config"] = read_json(tokenizer.files, "config.json")
-    return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
+    try:
+        model = build(replace(config, lora_rank=lora_rank), state, device, dtype)
+    except Exception as error:              # configs and weights that do not belong together
+        path = folder or directory / f"model_{find_step(directory, step):06d}.pt"
+        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
+    return model, tokenizer, meta
 
 
 def load_meta(path: Path) -> dict:
