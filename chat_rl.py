@@ -738,7 +738,9 @@ def task_of(name: str, flags: Flags) -> Task:
 def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
     task = task_of(flags.task, flags)
-    rows = task.data() if callable(task.data) else load_rows(task.data) if task.data else {}
+    rows = {}
+    if task.data and (flags.max_steps != 0 or not task.eval_data):
+        rows = task.data() if callable(task.data) else load_rows(task.data)
     train, where = [], task.data if isinstance(task.data, str) else flags.task
     if flags.max_steps != 0:
         if not rows.get("train"):
