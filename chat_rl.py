@@ -750,9 +750,10 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
         if not rows.get("test"):
             raise UserError(f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has")
         return train, {"": load_examples(task, rows["test"], f"test in {where}")}
-    tests = {}
-    for part in task.eval_data.split(","):
-        name, _, place = part.rpartition("=")
+    tests, parts = {}, [part.rpartition("=") for part in task.eval_data.split(",")]
+    if len({name for name, _, place in parts if place}) < len(parts):
+        raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
+    for name, _, place in parts:
         own = TASKS.get(name, task)
         splits = load_rows(place)
         if not splits.get("test") and len(splits) > 1:
