@@ -1362,11 +1362,12 @@ def evaluate_and_log(run: Run, learner: Learner, log: Log | None, ranks: Ranks) 
 
 def advise(lines: list[dict]) -> None:
     """A word about a run whose first evaluation and first ten steps found nothing right, or nothing wrong."""
-    solved = [value for line in lines for key, value in line.items() if key == "reward" or re.search(r"pass@\d+$", key)]
-    if len(lines) == 11 and all(value == 0 for value in solved):
+    steps = [line for line in lines if "reward" in line]
+    solved = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
+    if len(steps) == 10 and not any(solved) and all(line["all_wrong"] == 1 for line in steps):
         say("nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
             "--num-samples, an easier task, or a model that was taught the format (SFT)")
-    if len(lines) == 11 and all(value == 1 for value in solved):
+    if len(steps) == 10 and all(value == 1 for value in solved + [line["all_right"] for line in steps]):
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 
