@@ -243,9 +243,11 @@ def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: in
 def grade(run: Run, groups: list[Group]) -> list[Group]:
     """Scores and rewards every completion, and compares it with its group."""
     for group in groups:
-        thinking = "<think>" * run.tokenizer.decode(group.prompt).rstrip().endswith("<think>")     # the prompt opened it
+        prefill = group.example.task.prefill
+        asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
+        begun = "<think>" * asked.rstrip().endswith("<think>") + prefill        # what the prompt has opened
         for completion in group.completions:
-            text = thinking + text_of(completion, run.tokenizer)
+            text = begun + text_of(completion, run.tokenizer)
             group.scores.append(max(group.example.task.grader(reference, text) for reference in group.example.references))
         group.rewards = [reward_of(score) for score in group.scores]
         group.advantages = advantages_of(group.rewards)
