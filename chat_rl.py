@@ -25,6 +25,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1150,6 +1151,8 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
     if differing:
         raise UserError("--resume: the run has other flags: " + ", ".join(
             f"--{name.replace('_', '-')} {saved[name]}, not {getattr(flags, name)}" for name in differing))
+    if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return replace(flags, dtype=flags.dtype or ("bfloat16" if fast else "float32"))
 
