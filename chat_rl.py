@@ -426,7 +426,8 @@ def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) 
     greedy = attempt(1, 1, "evaluation, greedy")
     if ranks.stopping():
         return {}, []
-    groups, greedy, metrics = ranks.gather(sampled), ranks.gather(greedy), {}
+    metrics = ranks.sum({"grader_timeouts": forget_timeouts()})
+    groups, greedy = ranks.gather(sampled), ranks.gather(greedy)
     if groups:
         right = [sum(score >= 1 for score in group.scores) for group in groups]
         for k in range(1, n + 1):
