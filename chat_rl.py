@@ -231,7 +231,7 @@ def prompt_of(example: Example, tokenizer: Any) -> list[int]:
 def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int,
             title: str) -> list[Group]:
     """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
-    groups, rows = [], run.flags.rollout_batch_size or len(examples) * num_samples
+    groups, rows = [], run.flags.rollout_batch_size or sys.maxsize
     with progress_bar(len(examples) * num_samples, title, "completion") as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
