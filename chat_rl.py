@@ -25,6 +25,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -230,7 +231,7 @@ def prompt_of(example: Example, tokenizer: Any) -> list[int]:
 def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int,
             title: str) -> list[Group]:
     """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
-    groups, rows = [], run.flags.rollout_batch_size or len(examples) * num_samples
+    groups, rows = [], run.flags.rollout_batch_size or sys.maxsize
     with progress_bar(len(examples) * num_samples, title, "completion") as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
@@ -243,9 +244,11 @@ def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: in
 def grade(run: Run, groups: list[Group]) -> list[Group]:
     """Scores and rewards every completion, and compares it with its group."""
     for group in groups:
-        thinking = "<think>" * run.tokenizer.decode(group.prompt).rstrip().endswith("<think>")     # the prompt opened it
+        prefill = group.example.task.prefill
+        asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
+        begun = "<think>" * asked.rstrip().endswith("<think>") + prefill        # what the prompt has opened
         for completion in group.completions:
-            text = thinking + text_of(completion, run.tokenizer)
+            text = begun + text_of(completion, run.tokenizer)
             group.scores.append(max(group.example.task.grader(reference, text) for reference in group.example.references))
         group.rewards = [reward_of(score) for score in group.scores]
         group.advantages = advantages_of(group.rewards)
@@ -423,7 +426,8 @@ def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) 
     greedy = attempt(1, 1, "evaluation, greedy")
     if ranks.stopping():
         return {}, []
-    groups, greedy, metrics = ranks.gather(sampled), ranks.gather(greedy), {}
+    metrics = ranks.sum({"grader_timeouts": forget_timeouts()})
+    groups, greedy = ranks.gather(sampled), ranks.gather(greedy)
     if groups:
         right = [sum(score >= 1 for score in group.scores) for group in groups]
         for k in range(1, n + 1):
@@ -738,7 +742,9 @@ def task_of(name: str, flags: Flags) -> Task:
 def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
     task = task_of(flags.task, flags)
-    rows = task.data() if callable(task.data) else load_rows(task.data) if task.data else {}
+    rows = {}
+    if task.data and (flags.max_steps != 0 or not task.eval_data):
+        rows = task.data() if callable(task.data) else load_rows(task.data)
     train, where = [], task.data if isinstance(task.data, str) else flags.task
     if flags.max_steps != 0:
         if not rows.get("train"):
@@ -748,9 +754,10 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
         if not rows.get("test"):
             raise UserError(f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has")
         return train, {"": load_examples(task, rows["test"], f"test in {where}")}
-    tests = {}
-    for part in task.eval_data.split(","):
-        name, _, place = part.rpartition("=")
+    tests, parts = {}, [part.rpartition("=") for part in task.eval_data.split(",")]
+    if len({name for name, _, place in parts if place}) < len(parts):
+        raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
+    for name, _, place in parts:
         own = TASKS.get(name, task)
         splits = load_rows(place)
         if not splits.get("test") and len(splits) > 1:
@@ -1145,6 +1152,8 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
     if differing:
         raise UserError("--resume: the run has other flags: " + ", ".join(
             f"--{name.replace('_', '-')} {saved[name]}, not {getattr(flags, name)}" for name in differing))
+    if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return replace(flags, dtype=flags.dtype or ("bfloat16" if fast else "float32"))
 
@@ -1359,11 +1368,12 @@ def evaluate_and_log(run: Run, learner: Learner, log: Log | None, ranks: Ranks) 
 
 def advise(lines: list[dict]) -> None:
     """A word about a run whose first evaluation and first ten steps found nothing right, or nothing wrong."""
-    solved = [value for line in lines for key, value in line.items() if key == "reward" or re.search(r"pass@\d+$", key)]
-    if len(lines) == 11 and all(value == 0 for value in solved):
+    steps = [line for line in lines if "reward" in line]
+    solved = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
+    if len(steps) == 10 and not any(solved) and all(line["all_wrong"] == 1 for line in steps):
         say("nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
             "--num-samples, an easier task, or a model that was taught the format (SFT)")
-    if len(lines) == 11 and all(value == 1 for value in solved):
+    if len(steps) == 10 and all(value == 1 for value in solved + [line["all_right"] for line in steps]):
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 

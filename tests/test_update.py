@@ -210,11 +210,14 @@ def test_step_on_ranks_and_batches(base):
     whole, (_, step, _) = step_gradient(base, tags[0]), metrics(base, tags[0])
     assert step["grad_norm"] > 0 and step["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
     assert 0 < step["reward"] and step["all_right"] + step["all_wrong"] < 0.9 and step["lrm"] == 1
-    changes = [torch.cat([(x - start[key]).flatten() for key, x in weights(base, 1, tag).items()]) for tag in tags]
+    # of two layers backout takes a part of the last one's output, which a norm follows: its gradient is rounding alone
+    parts = [key for key in start if key != "backout_lambda"]
+    states = [weights(base, 1, tag) for tag in tags]
+    changes = [torch.cat([(state[key] - start[key]).flatten() for key in parts]) for state in states]
     for tag, change in zip(tags, changes):
         assert distance(step_gradient(base, tag), whole) < 2e-6
         # Adam's first step is the gradient's sign: a few elements that are nothing but rounding go the other way
-        assert distance(change, changes[0]) < 0.01
+        assert distance(change, changes[0]) < 0.002
         before, mine, after = metrics(base, tag)
         assert mine.keys() == step.keys() and mine["sampler_gap"] < 1e-5
         assert untimed(mine) == pytest.approx(untimed(step), rel=1e-5, abs=1e-5)
