@@ -1,14 +1,18 @@
 """What the tests share: tiny real checkpoints, and real processes to run them in."""
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
+if "CHAT_RL_GPU" not in os.environ:  # these tests are the CPU's; set it to run them with the machine's GPUs in sight
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -23,12 +27,17 @@ SMALL = ["--model-tag=adder", "--task=arithmetic", "--max-new-tokens=6", "--num-
          "--eval-examples=8", "--max-steps=3", "--init-lr-frac=0.02"]
 
 
-def tiny_model(generation: str = "current", seed: int = 0, vocab_size: int = 265) -> gpt.GPT:
-    """A random model with every part in use: grouped heads, a window shorter than the test's sequences,
-    all scalars off zero."""
-    config = gpt.Config(sequence_len=48, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
-    model = gpt.GPT(config, generation).init_weights(seed)
-    model.windows[0] = 16
+SHAPE = {"sequence_len": 48, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+
+
+def tiny_config(generation: str = "current") -> gpt.Config:
+    """SHAPE with a window shorter than the test's sequences, and room for longer ones than its longest window."""
+    return replace(gpt.nanochat_config(generation, **SHAPE), windows=(16, 48, 48), max_positions=480)
+
+
+def tiny_model(generation: str = "current", seed: int = 0) -> gpt.GPT:
+    """A random model with every part in use: grouped heads, a short window, all scalars off zero."""
+    model = gpt.GPT(tiny_config(generation)).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -37,6 +46,33 @@ def tiny_model(generation: str = "current", seed: int = 0, vocab_size: int = 265
             elif "lm_head" in name:
                 p.normal_(std=0.1, generator=generator)
     return model
+
+
+def chat(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def policy_of(model: gpt.GPT, temperature: float = 1.0, top_k: int = 50) -> gpt.Policy:
+    return gpt.Policy(temperature, top_k, model.config.softcap)
+
+
+def generate(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], num_samples: int, max_new_tokens: int,
+             temperature: float = 1.0, top_k: int = 50, **more) -> list[list[gpt.Completion]]:
+    """Samples with a sampler of its own."""
+    policy = policy_of(model, temperature, top_k)
+    return gpt.Sampler(model, tokenizer).generate(prompts, num_samples, max_new_tokens, policy, **more)
+
+
+def sign(folder: Path, step: int, digests: bool = True) -> None:
+    """Makes a meta file's digests those of the files that are there, or takes them away."""
+    path = folder / f"meta_{step:06d}.json"
+    meta = json.loads(path.read_text())
+    for name in meta["sha256"]:
+        file = gpt.find_tokenizer(folder) if name == "tokenizer.pkl" else folder / name
+        meta["sha256"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not digests:
+        del meta["sha256"]
+    path.write_text(json.dumps({**meta, "seal": gpt.seal(meta)}))
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +84,12 @@ def tokenizer() -> gpt.Tokenizer:
 def adder_base(tmp_path_factory) -> Path:
     """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn. Do not write
     into it: take `base`."""
-    base, tokenizer = tmp_path_factory.mktemp("adder"), chat_rl.byte_tokenizer()
-    config = gpt.Config(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
-    model = gpt.GPT(config).init_weights(seed=0)
-    chat_rl.teach(model, tokenizer, chat_rl.Arithmetic(chat_rl.Flags()), steps=150, size=64)
-    gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": asdict(config)})
+    base, tokenizer, task = tmp_path_factory.mktemp("adder"), chat_rl.byte_tokenizer(), chat_rl.TASKS["arithmetic"]
+    shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
+    examples = chat_rl.load_examples(task, "train", chat_rl.make_sums()[0])
+    chat_rl.teach(model, tokenizer, task, examples, goal=0.2, size=64)
+    gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": shape})
     return base
 
 

@@ -8,12 +8,14 @@ import re
 import shutil
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import replace
+from pathlib import Path
 
+import numpy
 import pytest
 import tiktoken
 import torch
-from conftest import SHARED, tiny_model
+from conftest import SHAPE, SHARED, chat, generate, policy_of, sign, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,8 +67,8 @@ def test_logits_are_nanochats(nanochat, chunk):
 def test_greedy_tokens_are_nanochats(nanochat):
     """All prompts in one batch are rendered and continued greedily as nanochat does."""
     model, tokenizer, reference = nanochat
-    assert [tokenizer.render(text) for text in reference["texts"]] == reference["prompts"]
-    completions = gpt.generate(model, tokenizer, reference["prompts"], 1, len(reference["greedy"][0]), temperature=0)
+    assert [tokenizer.render(chat(text)) for text in reference["texts"]] == reference["prompts"]
+    completions = generate(model, tokenizer, reference["prompts"], 1, len(reference["greedy"][0]), top_k=1)
     assert [group[0].tokens for group in completions] == reference["greedy"]
     assert all(group[0].logprobs == [0.0] * len(group[0].tokens) for group in completions)
 
@@ -76,7 +78,7 @@ def test_greedy_tokens_are_nanochats(nanochat):
 def test_cache_with_groups_and_dropped_rows(generation):
     """Rows that share their question's part of the cache get what a whole forward gives, whichever rows were dropped."""
     model, generator = tiny_model(generation), torch.Generator().manual_seed(0)
-    assert min(model.windows) < max(PROMPT_LENGTHS)
+    assert min(model.config.windows) < max(PROMPT_LENGTHS)
     for drops in ([[1, 5, 8, 11], [0, 1, 2], [0, 1, 2, 3]],                   # some; a whole group; all but one
                   [[4, 5, 6, 7], [], [7, 6], [0, 2, 4], [0], [1]]):           # the middle group first, then one by one
         rows = [list(prompt) for prompt in random_prompts() for _ in range(4)]
@@ -87,11 +89,9 @@ def test_cache_with_groups_and_dropped_rows(generation):
             rows = [row + new for row, new in zip(rows, ids.tolist())]
             for row, mine in zip(rows, hidden):
                 torch.testing.assert_close(mine, model(torch.tensor([row]))[0, -size:], rtol=0, atol=2e-5)
-            stopped = torch.zeros(len(rows), dtype=torch.bool)
-            stopped[drop] = True
-            order = cache.drop(stopped).tolist()
-            assert sorted(order) == (~stopped).nonzero().squeeze(1).tolist()
-            rows = [rows[i] for i in order]
+            kept = numpy.delete(numpy.arange(len(rows)), drop)
+            assert cache.select(kept).tolist() == kept.tolist()
+            rows = [rows[i] for i in kept]
         assert len(rows) == 1
 
 
@@ -109,12 +109,11 @@ def test_bfloat16_arithmetic_leaves_float32_weights(tokenizer):
     """A bfloat16 model keeps float32 weights, and its sampler with cast matrices computes exactly what it does."""
     model = tiny_model()
     model.dtype = torch.bfloat16
-    model.make_rope("cpu")
-    ids = torch.tensor(random_prompts((40,)))
+    ids, sampler = torch.tensor(random_prompts((40,))), gpt.Sampler(model, tokenizer)
     hidden = model(ids)
-    assert hidden.dtype == torch.bfloat16 and model.sampler() is not model
-    assert torch.equal(hidden, model.sampler()(ids))
-    assert [len(group) for group in gpt.generate(model, tokenizer, random_prompts(), 2, 4)] == [2, 2, 2]
+    assert hidden.dtype == torch.bfloat16 and {p.dtype for p in sampler.model.parameters() if p.ndim > 1} == {torch.bfloat16}
+    assert torch.equal(hidden, sampler.model(ids))
+    assert [len(group) for group in generate(model, tokenizer, random_prompts(), 2, 4)] == [2, 2, 2]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.logits(hidden).dtype == torch.float32
 
@@ -131,9 +130,9 @@ def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temp
     for t in range(max_new_tokens):
         raw = model.lm_head(model(torch.tensor([prompt + tokens]))[0, -1])[:model.config.vocab_size].double()
         scores, ids = (15 * torch.tanh(raw / 15)).tolist(), list(range(len(raw)))
-        if top_k or temperature == 0:
-            ids = sorted(ids, key=lambda i: -scores[i])[:top_k if temperature else 1]
-        weights = [math.exp(scores[i] / (temperature or 1)) for i in ids]
+        if top_k:
+            ids = sorted(ids, key=lambda i: -scores[i])[:top_k]
+        weights = [math.exp(scores[i] / temperature) for i in ids]
         aim, reach = float(gpt.to_uniform(gpt.fold(stream, t))) * sum(weights), 0.0
         for i, weight in zip(ids, weights):
             reach += weight
@@ -146,7 +145,7 @@ def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temp
         if tokens[-1] in (tokenizer.assistant_end, tokenizer.bos):
             break
         if tokens[-1] == tokenizer.python_end:
-            forced = tokenizer.calculate(tokens)
+            forced = tokenizer.answer_call(tokens)
     return gpt.Completion(tokens, mask, logprobs)
 
 
@@ -157,33 +156,32 @@ def assert_same(mine: gpt.Completion, other: gpt.Completion) -> None:
 
 @pytest.mark.parametrize("generation, temperature, top_k", [
     *((generation, 1.0, 50) for generation in GENERATIONS),
-    *(("current", *policy) for policy in [(1.0, 0), (0.5, 50), (2.0, 5), (0.7, 0), (1.3, 1000), (0, 50), (0, 0)])])
+    *(("current", *policy) for policy in [(1.0, 0), (0.5, 50), (2.0, 5), (0.7, 0), (1.3, 1000), (1.0, 1), (0.5, 1)])])
 def test_generate_is_plain_sampling(tokenizer, generation, temperature, top_k):
     """All prompts in one batch give the tokens and logprobs that one row at a time gives, without a cache."""
     model, prompts = tiny_model(generation), random_prompts()
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3            # so that rows stop at many places and are dropped
-    groups = gpt.generate(model, tokenizer, prompts, 4, 24, temperature, top_k, seed=5, keys=[7, 8, 2 ** 40])
-    assert not temperature or len({len(c.tokens) for group in groups for c in group}) > 3
+    groups = generate(model, tokenizer, prompts, 4, 24, temperature, top_k, seed=5, keys=[7, 8, 2 ** 40])
+    assert top_k == 1 or len({len(c.tokens) for group in groups for c in group}) > 3
     for prompt, key, group in zip(prompts, [7, 8, 2 ** 40], groups):
         for sample, mine in enumerate(group):
             assert_same(mine, plain_completion(model, tokenizer, prompt, key, sample, 24, temperature, top_k, 5))
 
 
 def test_completions_depend_on_nothing_in_their_batch(tokenizer):
-    """A completion is the same alone, beside other prompts, by its key in any place, and however samples are split."""
+    """A completion is the same alone, beside other prompts, by its key in any place, and with fewer samples."""
     model, prompts = tiny_model(), random_prompts((3, 70, 21, 40, 9))
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3
-    together = gpt.generate(model, tokenizer, prompts, 5, 20, seed=-3)
+    together = generate(model, tokenizer, prompts, 5, 20, seed=-3)
     for i, prompt in enumerate(prompts):
-        alone, = gpt.generate(model, tokenizer, [prompt], 5, 20, seed=-3, keys=[i])
-        fewer, = gpt.generate(model, tokenizer, [prompt], 2, 20, seed=-3, keys=[i])
-        later, = gpt.generate(model, tokenizer, [prompt], 3, 20, seed=-3, keys=[i], first_sample=2)
-        for mine, other in zip(together[i] * 2, [*alone, *fewer, *later], strict=True):
+        alone, = generate(model, tokenizer, [prompt], 5, 20, seed=-3, keys=[i])
+        fewer, = generate(model, tokenizer, [prompt], 2, 20, seed=-3, keys=[i])
+        for mine, other in zip([*together[i], *together[i][:2]], [*alone, *fewer], strict=True):
             assert_same(mine, other)
-    turned = gpt.generate(model, tokenizer, prompts[::-1], 5, 20, seed=-3, keys=[4, 3, 2, 1, 0])
+    turned = generate(model, tokenizer, prompts[::-1], 5, 20, seed=-3, keys=[4, 3, 2, 1, 0])
     for mine, other in zip(sum(together, []), sum(turned[::-1], []), strict=True):
         assert_same(mine, other)
-    longer = gpt.generate(model, tokenizer, prompts, 5, 30, seed=-3)
+    longer = generate(model, tokenizer, prompts, 5, 30, seed=-3)
     assert [c.tokens for c in sum(together, [])] == [c.tokens[:20] for c in sum(longer, [])]
 
 
@@ -191,9 +189,9 @@ def test_completions_depend_on_nothing_in_their_batch(tokenizer):
 def test_each_counter_changes_the_numbers(tokenizer, counter):
     """Another seed, key or sample samples another completion; so does each position draw anew."""
     model, prompt = tiny_model(), random_prompts((9,))[0]
-    first, second = gpt.generate(model, tokenizer, [prompt], 2, 30, top_k=0)[0]
-    other = {"seed": lambda: gpt.generate(model, tokenizer, [prompt], 1, 30, top_k=0, seed=1)[0][0],
-             "key": lambda: gpt.generate(model, tokenizer, [prompt], 1, 30, top_k=0, keys=[1])[0][0],
+    first, second = generate(model, tokenizer, [prompt], 2, 30, top_k=0)[0]
+    other = {"seed": lambda: generate(model, tokenizer, [prompt], 1, 30, top_k=0, seed=1)[0][0],
+             "key": lambda: generate(model, tokenizer, [prompt], 1, 30, top_k=0, keys=[1])[0][0],
              "sample": lambda: second,
              "position": lambda: gpt.Completion(first.tokens[1:], [], [])}[counter]()
     assert sum(a == b for a, b in zip(first.tokens, other.tokens)) < 5
@@ -220,14 +218,15 @@ def test_uniform_numbers():
 def test_draw_has_the_distribution(temperature, top_k):
     """Evenly spaced numbers draw each token within one of its probability's share, with that probability's logprob."""
     raw, n = torch.randn(265, generator=torch.Generator().manual_seed(0)) * 20, 40_000
-    tokens, logprobs = gpt.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, top_k)
+    policy = gpt.Policy(temperature, top_k, softcap=15.0)
+    tokens, logprobs = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
     scores = 15 * torch.tanh(raw.double() / 15) / temperature
     if top_k:
         scores[raw < raw.sort(descending=True).values[top_k - 1]] = -torch.inf
     p = scores.softmax(dim=-1)
     assert (tokens.bincount(minlength=265) - p * n).abs().max() < 1.1
     torch.testing.assert_close(logprobs, p.log().float()[tokens], rtol=0, atol=1e-5)
-    first, last = gpt.draw(raw.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -24]), temperature, top_k)[0]
+    first, last = policy.draw(raw.expand(2, -1), torch.tensor([0.0, 1 - 2 ** -24]))[0]
     assert p[first] > 0 and p[last] > 0
 
 
@@ -235,11 +234,12 @@ def test_draw_has_the_distribution(temperature, top_k):
 def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     """The loss's logprobs are the log-softmax over the top k at temperature, and equal the sampler's."""
     raw = torch.randn(50, 265, generator=torch.Generator().manual_seed(0)) * 10
-    tokens, logprobs = gpt.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)), temperature, top_k)
+    policy = gpt.Policy(temperature, top_k, softcap=15.0)
+    tokens, logprobs = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
     scores = 15 * torch.tanh(raw / 15) / temperature
     if 0 < top_k < 265:
         scores[raw < raw.sort(descending=True).values[:, top_k - 1:top_k]] = -torch.inf
-    mine = gpt.policy_logprobs(raw, tokens, temperature, top_k)
+    mine = policy.logprobs(raw, tokens)
     torch.testing.assert_close(mine, scores.log_softmax(dim=-1)[torch.arange(50), tokens], rtol=0, atol=1e-5)
     torch.testing.assert_close(mine, logprobs, rtol=0, atol=1e-5)
 
@@ -248,7 +248,7 @@ def test_policy_logprobs_without_truncation_are_the_plain_softmax():
     """At top_k 0 and temperature 1 the policy is the softmax of the model's logits."""
     model, ids = tiny_model(), torch.tensor(random_prompts((30,)))
     hidden = model(ids)[:, :-1]
-    mine = gpt.policy_logprobs(model.unembed(hidden), ids[:, 1:], 1.0, 0)
+    mine = policy_of(model, 1.0, 0).logprobs(model.unembed(hidden), ids[:, 1:])
     plain = model.logits(hidden).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(mine, plain, rtol=0, atol=1e-6)
 
@@ -256,20 +256,20 @@ def test_policy_logprobs_without_truncation_are_the_plain_softmax():
 def test_token_outside_the_top_k_counts_as_inside():
     """A token that rounding pushed past rank k takes the k-th place: a logprob like its, a finite gradient."""
     raw = torch.tensor([[5.0, 4.0, 3.0, 3.0 - 1e-6, -2.0]], requires_grad=True)
-    just_inside, just_outside, far_outside = (gpt.policy_logprobs(raw, torch.tensor([i]), 1.0, 3) for i in (2, 3, 4))
+    just_inside, just_outside, far_outside = (gpt.Policy(1.0, 3, 15.0).logprobs(raw, torch.tensor([i])) for i in (2, 3, 4))
     assert just_outside.item() == pytest.approx(just_inside.item(), abs=1e-5)
     scores = 15 * torch.tanh(raw.detach()[0] / 15)
     assert far_outside.item() == pytest.approx(scores[[0, 1, 4]].log_softmax(dim=-1)[2].item(), abs=1e-5)
     gradient, = torch.autograd.grad((just_outside + far_outside).sum(), raw)
     assert gradient.isfinite().all() and gradient[0, 3] > 0 and gradient[0, 4] > 0 and gradient[0, 2] == 0
-    one = gpt.policy_logprobs(raw, torch.tensor([4]), 1.0, 1)          # k = 1: all that there is to choose from
+    one = gpt.Policy(1.0, 1, 15.0).logprobs(raw, torch.tensor([4]))          # k = 1: all that there is to choose from
     assert one.item() == 0.0
 
 
 def scripted_model(successors: dict[int, list[int]], default: int) -> gpt.GPT:
     """A GPT whose every token is followed by one of its successors, all as likely, or else by `default`."""
-    config = gpt.Config(sequence_len=32, vocab_size=265, n_layer=1, n_head=4, n_kv_head=4, n_embd=320)
-    model = gpt.GPT(config, "classic").init_weights(0)                 # c_proj is zero: embeddings pass straight through
+    shape = dict(sequence_len=320, vocab_size=265, n_layer=1, n_head=4, n_kv_head=4, n_embd=320)
+    model = gpt.GPT(gpt.nanochat_config("classic", **shape)).init_weights(0)                 # c_proj is zero: embeddings pass straight through
     with torch.no_grad():
         model.transformer.wte.weight.copy_(torch.eye(320))
         model.lm_head.weight.fill_(-10.0)
@@ -288,7 +288,7 @@ def test_calculator_calls_force_tokens(tokenizer):
         t.output_start: [a, b], three: [a, b]}                         # what the model would have said instead
     model, answer = scripted_model(successors, default=b), [t.output_start, three, t.output_end]
     for limit in range(1, 15):
-        completions = gpt.generate(model, t, [t.render("?")], 200, limit, top_k=0)[0]
+        completions = generate(model, t, [t.render(chat("?"))], 200, limit, top_k=0)[0]
         for c in completions:
             forced, call, before = [], None, t.assistant_start
             for token, mask, logprob in zip(c.tokens, c.mask, c.logprobs, strict=True):
@@ -318,7 +318,7 @@ def test_completions_end_with_what_ended_them(tokenizer):
     """A stop token is the last of its completion; others are max_new_tokens long; progress counts them all."""
     model, ended = tiny_model(), []
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3
-    groups = gpt.generate(model, tokenizer, random_prompts(), 20, 12, progress=ended.append)
+    groups = generate(model, tokenizer, random_prompts(), 20, 12, progress=ended.append)
     stops = {tokenizer.assistant_end, tokenizer.bos}
     completions = sum(groups, [])
     for c in completions:
@@ -330,25 +330,25 @@ def test_completions_end_with_what_ended_them(tokenizer):
 
 
 def test_stopped_rows_stop_costing(tokenizer):
-    """No more rows run at a position than go on after it, but for one in twenty; questions run once,
-    not once per row."""
+    """No more rows run at a position than go on after it, but for one in four; questions run once, not once per row."""
     model, shapes = tiny_model(), []
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3
-    model.register_forward_pre_hook(lambda model, args: shapes.append(tuple(args[0].shape)))
-    groups = gpt.generate(model, tokenizer, random_prompts(), 30, 20)
+    sampler = gpt.Sampler(model, tokenizer)
+    sampler.model.register_forward_pre_hook(lambda model, args: shapes.append(tuple(args[0].shape)))
+    groups = sampler.generate(random_prompts(), 30, 20, policy_of(model))
     lengths = [len(c.tokens) for group in groups for c in group]
     assert shapes[0] == (3, max(PROMPT_LENGTHS)) and len(shapes) == max(lengths)
     for t, (rows, width) in enumerate(shapes[1:]):
-        assert width == 1 and rows * 0.95 <= sum(length > t + 1 for length in lengths) <= rows
+        assert width == 1 and rows * 0.75 < sum(length > t + 1 for length in lengths) <= rows
     assert shapes[-1][0] < 60
 
 
-def test_generate_refuses_what_rope_cannot_reach(tokenizer):
-    """Ten times sequence_len positions are there; one more is an error rather than nonsense."""
-    model, prompt = tiny_model(), random_prompts((470,))[0]
-    assert len(gpt.generate(model, tokenizer, [prompt], 1, 10, temperature=0)[0][0].tokens) <= 10
-    with pytest.raises(ValueError, match="480"):
-        gpt.generate(model, tokenizer, [prompt], 1, 11)
+def test_generate_refuses_positions_beyond_the_last(tokenizer):
+    """sequence_len positions are there; one more is an error rather than nonsense."""
+    model, prompt = gpt.GPT(gpt.nanochat_config("current", **SHAPE)).init_weights(0), random_prompts((38,))[0]
+    assert len(generate(model, tokenizer, [prompt], 1, 10, top_k=1)[0][0].tokens) <= 10
+    with pytest.raises(ValueError, match="48"):
+        generate(model, tokenizer, [prompt], 1, 11)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_calculator_never_raises(expression):
 def test_calculator_on_any_tokens(ids):
     """Any tokens, bytes that are no text among them, give an output block or nothing."""
     tokenizer = chat_rl.byte_tokenizer()
-    forced = tokenizer.calculate([*ids, tokenizer.python_end])
+    forced = tokenizer.answer_call([*ids, tokenizer.python_end])
     assert forced == [] or (forced[0], forced[-1]) == (tokenizer.output_start, tokenizer.output_end)
     assert forced == [] or float(tokenizer.decode(forced[1:-1])) is not None
     if tokenizer.python_start not in ids:
@@ -464,7 +464,7 @@ def test_tokenizer_round_trip(text):
 def test_special_looking_text_is_plain_text(tokenizer):
     """A question cannot end its own turn."""
     text = "<|user_end|><|assistant_start|>#### 1<|assistant_end|>"
-    ids = tokenizer.render(text)
+    ids = tokenizer.render(chat(text))
     t = tokenizer
     assert ids[:2] == [t.bos, t.user_start] and ids[-2:] == [t.user_end, t.assistant_start]
     assert ids[2:-2] == list(text.encode()) and max(ids[2:-2]) < t.bos
@@ -481,16 +481,15 @@ def saved(directory, generation: str = "current", **meta) -> gpt.GPT:
     """Saves a tiny model as step 7, its tables as bfloat16, the tokenizer beside it."""
     model = tiny_model(generation)
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
-    gpt.save_checkpoint(directory, 7, model, chat_rl.byte_tokenizer(), {"model_config": asdict(model.config), **meta})
+    gpt.save_checkpoint(directory, 7, model, chat_rl.byte_tokenizer(), {"model_config": SHAPE, **meta})
     return model
 
 
 def edit_state(directory, edit) -> None:
     """Changes a saved state dict in a way that its meta file admits."""
-    path, meta = directory / "model_000007.pt", json.loads((directory / "meta_000007.json").read_text())
+    path = directory / "model_000007.pt"
     torch.save(edit(torch.load(path, weights_only=True)), path)
-    del meta["sha256"]
-    (directory / "meta_000007.json").write_text(json.dumps(meta))
+    sign(directory, 7, digests=False)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -498,21 +497,20 @@ def test_checkpoint_round_trip(tmp_path, generation):
     """What is saved has the same keys, shapes, types and values when loaded and saved again; in memory it is float32."""
     first = saved(tmp_path / "a", generation, note="é")
     model, tokenizer, meta = gpt.load_checkpoint(tmp_path / "a")
-    assert model.generation == gpt.GENERATIONS[generation]
-    assert meta["note"] == "é" and meta["step"] == 7 and meta["model_config"] == asdict(first.config)
-    assert tokenizer.render("é") == chat_rl.byte_tokenizer().render("é")
+    assert model.config == gpt.nanochat_config(generation, **SHAPE)
+    assert meta["note"] == "é" and meta["step"] == 7 and meta["model_config"] == SHAPE
+    assert tokenizer.render(chat("é")) == chat_rl.byte_tokenizer().render(chat("é"))
     gpt.save_checkpoint(tmp_path / "b", 7, model, tokenizer, meta)
     one, two = (torch.load(tmp_path / name / "model_000007.pt", weights_only=True) for name in "ab")
     assert list(one) == list(two) == list(first.state_dict())
     for key, tensor in model.state_dict().items():
         table = "wte" in key or "value_embeds" in key
         assert one[key].dtype == two[key].dtype == (torch.bfloat16 if table else torch.float32)
-        assert tensor.dtype == torch.float32 and torch.equal(one[key], two[key]) and torch.equal(tensor,
-        one[key].float())
+        assert tensor.dtype == torch.float32 and torch.equal(one[key], two[key]) and torch.equal(tensor, one[key].float())
         torch.testing.assert_close(tensor, first.state_dict()[key], rtol=2 ** -8 if table else 0, atol=0)
     assert all(p.requires_grad for p in model.parameters())
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model_000007.pt", "meta_000007.json", "tokenizer.pkl"}
-    model.windows, first.windows = [16, 48, 48], [16, 48, 48]
+    model.config = tiny_config(generation)                             # the model's alone: its layers have their own
     model.stored_types = {}
     ids = torch.tensor(random_prompts((20,)))
     first.load_state_dict(model.state_dict())
@@ -525,18 +523,16 @@ def test_checkpoint_of_a_compiled_model(tmp_path):
     edit_state(tmp_path, lambda state: {"_orig_mod." + key: x for key, x in state.items()})
     model, _, _ = gpt.load_checkpoint(tmp_path)
     assert "transformer.wte.weight" in model.state_dict() and set(model.stored_types) == set(model.state_dict())
-    gpt.save_checkpoint(tmp_path / "b", 8, model, chat_rl.byte_tokenizer(), {"model_config": asdict(model.config)})
+    gpt.save_checkpoint(tmp_path / "b", 8, model, chat_rl.byte_tokenizer(), {"model_config": SHAPE})
     assert set(torch.load(tmp_path / "b" / "model_000008.pt", weights_only=True)) == set(model.state_dict())
 
 
 def test_checkpoint_with_unpadded_tables(tmp_path):
     """Tables may have exactly vocab_size rows, as nanochat's had until December 2025."""
-    config = gpt.Config(sequence_len=48, vocab_size=265, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
-    old = {key: value for key, value in asdict(config).items() if key != "window_pattern"}
-    model = gpt.GPT(config, "classic", vocab_rows=265).init_weights(0)
-    gpt.save_checkpoint(tmp_path, 7, model, chat_rl.byte_tokenizer(), {"model_config": old})
+    model = gpt.GPT(gpt.nanochat_config("classic", **SHAPE, vocab_rows=265)).init_weights(0)
+    gpt.save_checkpoint(tmp_path, 7, model, chat_rl.byte_tokenizer(), {"model_config": SHAPE})
     model, _, meta = gpt.load_checkpoint(tmp_path)
-    assert model.lm_head.weight.shape == (265, 64) and meta["model_config"] == old
+    assert model.lm_head.weight.shape == (265, 64) and meta["model_config"] == SHAPE
     assert model.logits(model(torch.tensor([[264]]))).shape == (1, 1, 265)
 
 
@@ -554,7 +550,7 @@ def test_tokenizer_beside_or_two_folders_up(tmp_path):
         gpt.load_checkpoint(folder)
     assert str(above) in str(error.value) and str(folder / "tokenizer.pkl") in str(error.value)
     with pytest.raises(gpt.UserError):
-        gpt.load_tokenizer("/no-such-folder-at-the-root")
+        gpt.load_tokenizer(Path("/no-such-folder-at-the-root"), {})
 
 
 def test_steps_that_are_complete(tmp_path):
@@ -620,12 +616,9 @@ def test_damaged_file_is_refused(tmp_path, damage, digests):
         assert str(path) in refusal(tmp_path)
 
 
-CONFIG = {"sequence_len": 48, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-
-
 @pytest.mark.parametrize("text", [
     b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe{}", b'{"model_config": {}}', *(
-        json.dumps({"model_config": {**CONFIG, **more}}).encode()
+        json.dumps({"model_config": {**SHAPE, **more}}).encode()
         for more in ({"bigram": 1}, {"n_layer": "3"}, {"n_head": 0}, {"n_head": 5}, {"n_layer": 4},
                      {"window_pattern": "?"}))])
 def test_meta_that_is_none_is_refused(tmp_path, text):
@@ -642,6 +635,7 @@ def test_vocabulary_mismatch_is_refused(tmp_path):
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("more", pat_str=".", special_tokens=special, mergeable_ranks=ranks)
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    sign(tmp_path, 7)
     assert "309" in (text := refusal(tmp_path)) and "265" in text
 
 
@@ -670,6 +664,7 @@ def test_no_file_can_run_code(tmp_path, name, wrap, call):
     content = wrap(bad, chat_rl.byte_tokenizer().encoding, torch.load(tmp_path / "model_000007.pt", weights_only=True))
     if name == "tokenizer.pkl":
         path.write_bytes(content)
+        sign(tmp_path, 7)
     else:
         edit_state(tmp_path, lambda state: content)
     assert str(path) in refusal(tmp_path)
@@ -684,6 +679,7 @@ def test_foreign_tokenizer_is_refused(tmp_path, content):
     """A file that is no encoding with nanochat's special tokens is refused by name."""
     saved(tmp_path)
     (tmp_path / "tokenizer.pkl").write_bytes(content)
+    sign(tmp_path, 7)
     assert str(tmp_path / "tokenizer.pkl") in refusal(tmp_path)
 
 
@@ -701,12 +697,18 @@ def test_failed_write_leaves_the_earlier_file(tmp_path):
 
 
 def test_failed_save_leaves_earlier_checkpoints(tmp_path):
-    """A checkpoint of which a part cannot be written is not there; the one before it still loads."""
-    model = saved(tmp_path)
-    with pytest.raises(Exception, match="pickle"):
-        gpt.save_checkpoint(tmp_path, 9, model, chat_rl.byte_tokenizer(), {"model_config": asdict(model.config)},
-                            training={"bad": lambda: None})
+    """A checkpoint whose meta cannot be written is not there, and the one before it still loads; one whose optimizer state
+    cannot be written loads, but a run cannot go on from it."""
+    model, tokenizer, bad = saved(tmp_path), chat_rl.byte_tokenizer(), lambda: None
+    with pytest.raises(TypeError, match="JSON"):
+        gpt.save_checkpoint(tmp_path, 9, model, tokenizer, {"model_config": SHAPE, "bad": bad})
     assert gpt.checkpoint_steps(tmp_path) == [7] and gpt.load_checkpoint(tmp_path)[2]["step"] == 7
+    with pytest.raises(Exception, match="pickle"):
+        gpt.save_checkpoint(tmp_path, 9, model, tokenizer, {"model_config": SHAPE}, training={"bad": bad})
+    assert gpt.checkpoint_steps(tmp_path) == [7, 9]
+    _, _, meta = gpt.load_checkpoint(tmp_path)
+    with pytest.raises(gpt.UserError, match="optim_000009.pt was not written"):
+        gpt.load_training(tmp_path, meta, torch.device("cpu"))
     assert not list(tmp_path.glob("*.part"))
 
 
