@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -852,3 +853,443 @@ def test_sampler_runs_base_and_adapter_as_the_update_does(tmp_path):
         lost = [(module.merged().bfloat16() == module.weight).float().mean().item()
                 for module in model.modules() if isinstance(module, gpt.Linear) and module.lora_a is not None]
     assert min(lost) > 0.2                                  # what merging would not have changed at all
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+# chat_rl.py with a task that any model can be better or worse at: the completion has an even number of characters.
+EVEN = """
+import os, sys
+sys.path.insert(0, os.environ["ROOT"])
+import chat_rl
+
+def parity(text):
+    return str(len(text) % 2)
+
+def zero(reference):
+    return "0"
+
+chat_rl.TASKS["even"] = chat_rl.Task(chat_rl.make_sums, chat_rl.Grader(zero, parity))
+if __name__ == "__main__":
+    status = chat_rl.main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)
+"""
+RUN = ["--task=even", "--examples-per-step=4", "--num-samples=6", "--max-new-tokens=6", "--eval-examples=4", "--eval-samples=2",
+       "--max-steps=1", "--embedding-lr=1e-2", "--unembedding-lr=1e-2", "--matrix-lr=1e-2", "--eval-every=100"]
+
+
+@pytest.fixture(autouse=True)
+def even(monkeypatch):
+    monkeypatch.setenv("ROOT", str(ROOT))
+    space = {"__name__": "even"}
+    exec(EVEN, space)
+    monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)                   # half a second each
+
+
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl.py in this process; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setattr(gpt.Ranks, "listen", lambda ranks: None)
+        return chat_rl.main([str(flag) for flag in flags])
+
+
+def model_folder(place: Path, kind: str = "qwen3", dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
+    model = tiny(kind, **changes).to(dtype)
+    model.save_pretrained(add_tokenizer(place, make=True))
+    return place
+
+
+def lines_of(base: Path, name: str) -> list[dict]:
+    """What metrics.jsonl says, without what depends on the clock."""
+    text = (base / "chatrl_checkpoints" / name / "metrics.jsonl").read_text()
+    timed = ("tokens_per_second", "rollout_seconds", "update_seconds")
+    return [{key: x for key, x in json.loads(line).items() if key not in timed} for line in text.splitlines()]
+
+
+def check_saved(source: Path, out: Path, step: int = 1) -> None:
+    """The folder of a step is complete, and loads here and in transformers as the same model: another one than the source's."""
+    folder = out / f"{step:06d}"
+    kept = {path.name for path in source.iterdir()} - {"reference.pt"}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == kept
+    for name in kept - {"model.safetensors"}:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(after[name].dtype == before[name].dtype and after[name].shape == before[name].shape for name in before)
+    assert {name for name in before if "_proj.weight" in name} <= changed
+    ids = list(range(3, 200, 7))
+    for mine in (gpt.load_checkpoint(out)[0], gpt.load_checkpoint(folder)[0]):
+        check_logits(unlimited(mine), ids, logits(folder))
+    assert (logits(folder) - logits(source)).abs().max() > 1e-2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(CHATS[2], add_generation_prompt=True, return_dict=False) == tokenizer_of(folder).render(CHATS[2])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_goes_out_as_it_came_in(kind, tmp_path):
+    """What a step on bfloat16 weights has saved is what transformers loads, and what the run evaluated, to rounding."""
+    source = model_folder(tmp_path / "model", kind)
+    assert main(tmp_path, *RUN, f"--model-tag={source}") == 0
+    check_saved(source, tmp_path / "chatrl_checkpoints" / "model")
+    step = next(line for line in lines_of(tmp_path, "model") if "reward" in line)
+    assert 0 < step["reward"] < 1 and step["grad_norm"] > 0 and step["sampler_gap"] < 1e-5
+
+
+@needs_fixtures
+@pytest.mark.parametrize("name", NAMES)
+def test_fixtures_take_a_step(name, tmp_path):
+    assert main(tmp_path, *RUN, f"--model-tag={FIXTURES / name}") == 0
+    check_saved(FIXTURES / name, tmp_path / "chatrl_checkpoints" / name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapters_go_out_merged_and_alone(kind, tmp_path):
+    """The merged model loads in transformers, and peft puts the adapter on the model that the run began with: equal logits,
+    to the rounding of what is saved in bfloat16. Nothing but the adapters has learned."""
+    import peft
+
+    source = model_folder(tmp_path / "model", kind)
+    assert main(tmp_path, *RUN, f"--model-tag={source}", "--lora-rank=4") == 0
+    out = tmp_path / "chatrl_checkpoints" / "model"
+    assert json.loads((out / "meta_000001.json").read_text())["flags"]["matrix_optimizer"] == "adamw"
+    check_saved(source, out)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    base.config.vocab_size = base.config.vocab_size
+    adapted = peft.PeftModel.from_pretrained(base, out / "000001" / "adapter")
+    adapters = torch.load(out / "optim_000001.pt", weights_only=True)["masters"]
+    assert len(adapters) == 2 * 7 * 2 and all(x.dtype == torch.float32 and x.any() for x in adapters.values())
+    model = gpt.load_checkpoint(source, lora_rank=4)[0]
+    model.load_state_dict(adapters, strict=False)
+    check_logits(unlimited(model), list(range(3, 200, 7)), logits(adapted))
+    before, after = (load_file(path / "model.safetensors") for path in (source, out / "000001"))
+    for name, tensor in before.items():
+        assert "_proj.weight" in name or torch.equal(tensor, after[name])
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in after.items():
+        torch.testing.assert_close(merged[name].bfloat16(), tensor, rtol=0.01, atol=1e-3)
+
+
+def check_same(base: Path, name: str, other: Path, other_name: str, step: int) -> None:
+    """Two runs have ended the same: weights, adapters and optimizer states bit for bit, and metrics."""
+    one, two = base / "chatrl_checkpoints" / name, other / "chatrl_checkpoints" / other_name
+    for path in sorted((two / f"{step:06d}").rglob("*")):
+        assert path.is_dir() or path.read_bytes() == (one / path.relative_to(two)).read_bytes(), path
+    mine, theirs = (torch.load(out / f"optim_{step:06d}.pt", weights_only=True) for out in (one, two))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert lines_of(base, name) == lines_of(other, other_name)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_resumed_is_never_stopped(rank, tmp_path):
+    """Bit for bit, though the folder has bfloat16 and the run float32."""
+    source = model_folder(tmp_path / "model")
+    flags = [*RUN, f"--model-tag={source}", f"--lora-rank={rank}", "--max-steps=3", "--save-every=1"]
+    assert main(tmp_path / "whole", *flags) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    out = tmp_path / "cut" / "chatrl_checkpoints" / "model"
+    shutil.rmtree(out / "000003")
+    (out / "meta_000003.json").unlink()
+    (out / "000002" / "model.safetensors.part").write_bytes(b"")                # left of a kill
+    assert main(tmp_path / "cut", *flags, "--resume") == 0
+    check_same(tmp_path / "cut", "model", tmp_path / "whole", "model", 3)
+
+
+# Runs of a process, or of two ranks: argv[1] is a list of lists of flags.
+SEVERAL = EVEN.split("if __name__")[0] + """
+import json
+leave, chat_rl.dist.destroy_process_group = chat_rl.dist.destroy_process_group, lambda *args: None
+for flags in json.loads(sys.argv[1]):
+    assert chat_rl.main(flags) == 0
+    chat_rl.dist.init_process_group = lambda *args, **more: None                # that of the first stays for all
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_two_ranks_are_one(tmp_path):
+    """With all weights or adapters, in float32 or bfloat16: the gradient of two ranks is that of one, to rounding."""
+    kinds = {"full": [], "lora": ["--lora-rank=4"], "half": ["--lora-rank=4", "--dtype=bfloat16"]}
+    flags = {name: [*RUN, *more, f"--model-tag={model_folder(tmp_path / name)}"] for name, more in kinds.items()}
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    run(tmp_path, json.dumps(list(flags.values())), ranks=2, script=script, ROOT=str(ROOT))
+    for name, rounding in zip(kinds, (1e-5, 1e-5, 0.02)):
+        assert main(tmp_path / "one", *flags[name]) == 0
+        two, one = (torch.load(base / "chatrl_checkpoints" / name / "optim_000001.pt", weights_only=True)
+                    for base in (tmp_path, tmp_path / "one"))
+        assert two["masters"].keys() == one["masters"].keys() and len(one["masters"]) == (24 if name == "full" else 28)
+        assert all(x.dtype == torch.float32 for state in (one, two) for x in state["masters"].values())
+        two, one = (torch.cat([state["exp_avg"].flatten() for state in x["optimizers"][0]["state"].values()]) for x in (two, one))
+        assert (two - one).norm() < rounding * one.norm()
+        lines, expected = lines_of(tmp_path, name), lines_of(tmp_path / "one", name)
+        keys = ("reward", "completion_length", "entropy", "grad_norm", "advantage_tokens")
+        for key in keys:
+            assert lines[1][key] == pytest.approx(expected[1][key], rel=2 * rounding), key
+        assert expected[1]["sampler_gap"] < 0.02 and name == "half" or expected[1]["sampler_gap"] < 1e-5
+
+
+def killed(base: Path, file: str, *flags: str) -> None:
+    """Runs chat_rl.py in a process that is killed when it has written half of a file."""
+    pid = os.fork()
+    if not pid:
+        def write_half(path: Path, write) -> str:
+            if path.name == file:
+                with open(path.with_name(path.name + ".part"), "wb") as half:
+                    half.write(b"half")
+                os.kill(os.getpid(), 9)
+            return whole(path, write)
+
+        whole, gpt.write_file = gpt.write_file, write_half
+        try:
+            main(base, *flags)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_killed_while_it_saves(rank, tmp_path):
+    """In the model of step 1, the optimizer state of step 2 and the meta file of step 3: nothing that is half written is
+    taken for a checkpoint, and the end is that of an uninterrupted run."""
+    source = model_folder(tmp_path / "model")
+    flags = [*RUN, f"--model-tag={source}", f"--lora-rank={rank}", "--max-steps=3", "--save-every=1", "--resume"]
+    assert main(tmp_path / "whole", *flags) == 0
+    base, out = tmp_path / "cut", tmp_path / "cut" / "chatrl_checkpoints" / "model"
+    for file, steps in (("model.safetensors", []), ("optim_000002.pt", [1, 2]), ("meta_000003.json", [1, 2])):
+        killed(base, file, *flags)
+        assert gpt.checkpoint_steps(out) == steps
+        for step in steps:
+            gpt.load_checkpoint(out, step)
+    assert main(base, *flags) == 0
+    check_same(base, "model", tmp_path / "whole", "model", 3)
+    assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.skipif("CHAT_RL_SOAK" not in os.environ, reason="takes minutes: set CHAT_RL_SOAK=1")
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("shape", ["float32", "bfloat16", "shards"])
+def test_soak_of_kills(rank, shape, tmp_path, monkeypatch):
+    """A kill in every file of a save in turn changes nothing."""
+    source = model_folder(tmp_path / "model", dtype=torch.float32 if shape == "float32" else torch.bfloat16)
+    if shape == "shards":
+        monkeypatch.setattr(gpt.weight_files, "__defaults__", (60_000,))
+    base, whole, name = tmp_path / "cut", tmp_path / "whole", Path("chatrl_checkpoints", "model")
+    flags = [*RUN, f"--model-tag={source}", f"--lora-rank={rank}", "--save-every=1", "--keep-last=100", "--resume"]
+    assert main(whole, *flags, "--max-steps=1") == 0
+    files = sorted({path.name for path in (whole / name / "000001").rglob("*") if path.is_file()} | {"optim_{}.pt", "meta_{}.json"})
+    assert any("-of-" in file for file in files) == (shape == "shards")
+    flags.append(f"--max-steps={len(files) + 1}")
+    shutil.rmtree(whole)
+    assert main(whole, *flags) == 0
+    for step, file in enumerate(files, 2):
+        if step == 2:
+            killed(base, file.format("000001"), *flags)
+        killed(base, file.format(f"{step:06d}"), *flags) if gpt.checkpoint_steps(base / name) else main(base, *flags)
+    assert main(base, *flags) == 0
+    check_same(base, "model", whole, "model", len(files) + 1)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[str]:
+    """The prompts that are sampled for, as text."""
+    prompts, generate = [], gpt.Sampler.generate
+
+    def note(sampler: gpt.Sampler, ids: list, *args, **more) -> list:
+        prompts.extend(sampler.tokenizer.decode(prompt) for prompt in ids)
+        return generate(sampler, ids, *args, **more)
+
+    monkeypatch.setattr(gpt.Sampler, "generate", note)
+    return prompts
+
+
+def set_today(monkeypatch, day: str) -> None:
+    monkeypatch.setattr(gpt, "date", type("Day", (), {"today": staticmethod(lambda: datetime.fromisoformat(day).date())}))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_has_one_day_and_one_template(rank, tmp_path, monkeypatch, seen):
+    """Stopped before and resumed after midnight is the run that was never stopped, though its template writes the day; with a
+    template and variables of the run's own."""
+    source = model_folder(tmp_path / "model")
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} {{ tone }} {{ tone2 }}: " + CHATML)
+    flags = [*RUN, f"--model-tag={source}", f"--lora-rank={rank}", "--max-steps=2", "--save-every=1",
+             f"--chat-template={template}", '--chat-template-kwargs={"tone": "calm"}']
+    set_today(monkeypatch, "2026-02-28")
+    assert main(tmp_path / "whole", *flags) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    out = tmp_path / "cut" / "chatrl_checkpoints" / "model"
+    (out / "meta_000002.json").unlink()
+    set_today(monkeypatch, "2026-03-01")
+    assert main(tmp_path / "cut", *flags, "--resume") == 0
+    assert {text.partition("<|im_start|>")[0] for text in seen} == {"28 Feb 2026 calm : "}
+    check_same(tmp_path / "cut", "model", tmp_path / "whole", "model", 2)
+    assert (out / "000002" / "chat_template.jinja").read_text() == template.read_text()
+    assert not (source / "chat_template.jinja").read_text() == template.read_text()
+    assert json.loads((out / "meta_000002.json").read_text())["date"] == "2026-02-28"
+    assert main(tmp_path / "new", *flags) == 0 and seen[-1].startswith("01 Mar 2026 calm")
+    assert main(tmp_path / "cut", *flags, "--resume", '--chat-template-kwargs={"tone": "wild"}') == 2
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_from_the_hub(rank, folder, tmp_path, monkeypatch, capsys):
+    """Offline, from a cache laid out by hand; the run bears the model's name, and goes on by the same name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached(tmp_path / "cache", folder)
+    flags = [*RUN, "--model-tag=Some/Model", f"--lora-rank={rank}", "--max-steps=2", "--save-every=1"]
+    assert main(tmp_path / "whole", *flags) == 0
+    check_logits(unlimited(gpt.load_checkpoint(tmp_path / "whole" / "chatrl_checkpoints" / "Model")[0]), [1, 2, 3, 4, 5, 6],
+                 logits(tmp_path / "whole" / "chatrl_checkpoints" / "Model" / "000002", [1, 2, 3, 4, 5, 6]))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "chatrl_checkpoints" / "Model" / "meta_000002.json").unlink()
+    capsys.readouterr()
+    assert main(tmp_path / "cut", *flags, "--resume") == 0
+    assert "passing over" not in capsys.readouterr().out
+    check_same(tmp_path / "cut", "Model", tmp_path / "whole", "Model", 2)
+    for path in (tmp_path / "cut" / "chatrl_checkpoints" / "Model").glob("optim_*.pt"):
+        path.write_bytes(b"")
+    assert main(tmp_path / "cut", *flags, "--resume") == 0                      # nothing to go on from: from the start
+    check_same(tmp_path / "cut", "Model", tmp_path / "whole", "Model", 2)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_runs_begin_where_others_ended(rank, tmp_path):
+    """A run's folder and a step's folder in it are models to begin with, with the preset of Hugging Face's; and their runs
+    are resumed."""
+    source = model_folder(tmp_path / "model")
+    flags = [*RUN, f"--lora-rank={rank}", "--max-steps=1"]
+    assert main(tmp_path, *flags, f"--model-tag={source}") == 0
+    first = tmp_path / "chatrl_checkpoints" / "model"
+    for i, place in enumerate((first, first / "000001")):
+        base = tmp_path / str(i)
+        assert main(base, *flags, f"--model-tag={place}") == 0
+        out = base / "chatrl_checkpoints" / "model"
+        meta = json.loads((out / "meta_000001.json").read_text())
+        assert (meta["flags"]["top_k"], meta["flags"]["lr_schedule"], meta["flags"]["matrix_optimizer"]) == (0, "constant", "adamw")
+        assert (out / "000001" / "config.json").exists()
+        assert main(base, *flags, f"--model-tag={place}", "--resume") == 0
+    assert main(tmp_path, *flags, f"--model-tag={first}") == 0                  # never into the folder that it begins from
+    assert (tmp_path / "chatrl_checkpoints" / "model-2" / "000001").exists() and gpt.checkpoint_steps(first) == [1]
+
+
+def test_adapters_go_on_with_their_own_base_only(tmp_path, capsys):
+    """A run with adapters takes the frozen weights from where it began: where they have changed or are gone it is not
+    resumed, and nothing of it is lost."""
+    source = model_folder(tmp_path / "model")
+    flags = [*RUN, f"--model-tag={source}", "--lora-rank=4", "--max-steps=2", "--save-every=1", "--resume"]
+    assert main(tmp_path, *flags, "--max-steps=1") == 0
+    before = {path: digest(path) for path in (tmp_path / "chatrl_checkpoints").rglob("*") if path.is_file()}
+    whole = (source / "model.safetensors").read_bytes()
+    edit(source / "model.safetensors", model__norm__weight=torch.ones(48, dtype=torch.bfloat16))
+    capsys.readouterr()
+    for harm in (lambda: None, lambda: shutil.rmtree(source)):
+        harm()
+        assert main(tmp_path, *flags) == 2
+        assert one_error(capsys)
+        assert {path: digest(path) for path in before} == before
+
+
+def one_error(capsys) -> str:
+    """The one line that a run ends with."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("chat_rl: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# Bad input
+
+def set_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_shard(folder: Path, change) -> None:
+    """Changes the tensors of the shard that has the last norm."""
+    path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def set_template(folder: Path, text: str | bytes) -> None:
+    (folder / "chat_template.jinja").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+BAD = {
+    "family": (lambda f: set_config(f, model_type="mistral"), "model_type is 'mistral'"),
+    "quantised": (lambda f: set_config(f, quantization_config={"bits": 4}), "quantization_config"),
+    "biases": (lambda f: set_config(f, attention_bias=True), "attention_bias is True"),
+    "config": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "missing shard": (lambda f: shard(f).unlink(), "model-00002-of-.* cannot be read"),
+    "short shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-100]), "model-00002-of-.* cannot be read"),
+    "short header": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:30]), "model-00002-of-.* cannot be read"),
+    "index": (misdirect, "model-9.safetensors cannot be read"),
+    "index list": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["x"]}'), "index.json"),
+    "index numbers": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}'), "index.json"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "has no weights"),
+    "tensor missing": (lambda f: edit_shard(f, lambda t: t.pop("model.norm.weight")), "missing key norm.weight"),
+    "tensor left over": (lambda f: edit_shard(f, lambda t: t.update(extra=torch.zeros(2))), "unknown key 'extra'"),
+    "shape": (lambda f: edit_shard(f, lambda t: t.update({"model.norm.weight": torch.zeros(47)})), r"norm.weight is .*\(47,\)"),
+    "integers": (lambda f: edit_shard(f, lambda t: t.update({"model.norm.weight": torch.zeros(48).int()})), "norm.weight is torch.int"),
+    "vocabulary": (lambda f: set_config(f, vocab_size=258), "vocab_size is 258"),
+    "rows": (lambda f: set_config(f, vocab_size=280), r"weight is .*\(272, 48\)"),
+    "tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "tokenizer config": (lambda f: (f / "tokenizer_config.json").write_text("[]]"), "tokenizer_config.json is no JSON"),
+    "template": (lambda f: set_template(f, "{{ raise_exception('no') }}"), "chat template fails"),
+    "template syntax": (lambda f: set_template(f, "{% if %}"), "chat template fails"),
+    "sandbox": (lambda f: set_template(f, "{{ ''.__class__.__mro__ }}"), "chat template fails .*__class__"),
+    "template bytes": (lambda f: set_template(f, b"\xff\xfe"), "chat_template.jinja"),
+    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template.*--chat-template FILE"),
+    "too large": (lambda f: set_config(f, hidden_size=2 ** 16, num_hidden_layers=100), r"weights need [\d,]+ GB of memory"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders_are_refused(what, folder, tmp_path, capsys):
+    """One line, status 2, and nothing is written."""
+    harm, match = BAD[what]
+    harm(folder)
+    (tmp_path / "base").mkdir()
+    assert main(tmp_path / "base", *RUN, f"--model-tag={folder}") == 2
+    assert re.search(match, one_error(capsys))
+    assert not list((tmp_path / "base").iterdir())
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--model-tag=Some/Other"], "Some/Other is no folder.*--model-tag"),
+    (["--chat-template=/nowhere/x.jinja"], "/nowhere/x.jinja"),
+    (["--chat-template={}/model.safetensors.index.json"], "chat template"),
+    (["--chat-template={}/binary"], "binary"),
+    (["--chat-template-kwargs=[1, 2]"], "--chat-template-kwargs .* no JSON object"),
+    (["--chat-template-kwargs={"], "--chat-template-kwargs .* no JSON object"),
+    (["--max-new-tokens=511"], "--max-new-tokens"),
+    (["--model-step=3"], "step 3"),
+])
+def test_bad_flags_are_refused(flags, match, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "base").mkdir()
+    flags = [flag.replace("{}", str(folder)) for flag in flags]
+    assert main(tmp_path / "base", *RUN, f"--model-tag={folder}", *flags) == 2
+    assert re.search(match, one_error(capsys))
+    assert not list((tmp_path / "base").iterdir())
+
+
+def test_templates_are_not_for_nanochat(base, capsys):
+    for flag in ("--chat-template-kwargs={}", f"--chat-template={base}/x"):
+        (base / "x").write_text(CHATML)
+        assert main(base, "--model-tag=adder", "--task=even", flag) == 2
+        assert "Hugging Face" in one_error(capsys) and not (base / "chatrl_checkpoints").exists()
+
+
+def test_long_questions_are_measured_against_the_positions(tmp_path, capsys):
+    """max_position_embeddings holds a question and its completion."""
+    source = model_folder(tmp_path / "model", max_position_embeddings=60)
+    length = len(tokenizer_of(source).render([{"role": "user", "content": "What is 1 + 1?"}]))
+    assert main(tmp_path, *RUN, f"--model-tag={source}", f"--max-new-tokens={60 - length}") == 0
+    assert f"are longer than {length} tokens and left out" in capsys.readouterr().out
