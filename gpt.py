@@ -1509,8 +1509,8 @@ def share_model(model: GPT | None, ranks: Ranks) -> GPT:
         model.recompute = recompute
         if config.lora_rank:
             for name, p in model.named_parameters():
-                p.requires_grad_("lora_" in name)
-            model.to(dtype)
+                if "lora_" not in name:
+                    p.requires_grad_(False).data = p.data.to(dtype)
         model.to_empty(device=ranks.device)
     for p in model.parameters():
         ranks.broadcast(p.data)
