@@ -1087,15 +1087,19 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
     return next(parent / name for name in names if parent / name not in taken)
 
 
-def find_resumable(out: Path, source: Path | None, device: torch.device) -> tuple | None:
+def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
     """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen weights
-    of adapters come from the run's source."""
+    of adapters come from the run's source; without one `tag` is a hub name."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
             flags = {**asdict(Flags()), **meta["flags"]}
             training = gpt.load_training(out, meta, device)
-            place = (source, meta["source"]["step"]) if flags["lora_rank"] else (out, step)
+            place = out, step
+            if flags["lora_rank"]:
+                begun = Path(meta["source"]["path"])
+                place = source or (begun if begun.exists() else gpt.find_hub_folder(tag)), meta["source"]["step"]
+                meta["source"]["path"] = str(place[0])
             model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"])
             return model, tokenizer, {**loaded, **meta}, training
         except UserError as error:
@@ -1200,10 +1204,11 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
     going_on = given.get("resume") and gpt.checkpoint_steps(out)
-    if source is None and not going_on:
-        source = gpt.find_hub_folder(given["model_tag"])
-    model, tokenizer, meta, training = (find_resumable(out, source, ranks.device) if going_on else None) or (None, None, {}, None)
+    found = find_resumable(out, source, given.get("model_tag"), ranks.device) if going_on else None
+    model, tokenizer, meta, training = found or (None, None, {}, None)
     resumed = model is not None
+    if source is None:
+        source = Path(meta["source"]["path"]) if resumed else gpt.find_hub_folder(given["model_tag"])
     kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
     if source and (source / "config.json").exists() or "hidden_size" in meta.get("model_config", ()):
         kind = "huggingface"
