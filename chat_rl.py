@@ -1100,7 +1100,9 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
                 begun = Path(meta["source"]["path"])
                 place = source or (begun if begun.exists() else gpt.find_hub_folder(tag)), meta["source"]["step"]
                 meta["source"]["path"] = str(place[0])
-            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"])
+            path = out / f"{step:06d}" / "chat_template.jinja"
+            template = gpt.read_file(path, meta["sha256"])[:].decode() if path.exists() else None
+            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"], template)
             return model, tokenizer, {**loaded, **meta}, training
         except UserError as error:
             say(f"passing over step {step}: {error}")
