@@ -1212,7 +1212,7 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     if source is None:
         source = Path(meta["source"]["path"]) if resumed else gpt.find_hub_folder(given["model_tag"])
     kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
-    if source and (source / "config.json").exists() or "hidden_size" in meta.get("model_config", ()):
+    if source and [*source.glob("config.json"), *source.glob("*/config.json")] or "hidden_size" in meta.get("model_config", ()):
         kind = "huggingface"
     flags = settle_flags(given, kind, meta.get("flags"), ranks.device)
     if flags.examples_per_step % ranks.size:
