@@ -1149,7 +1149,7 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
-    digests = [digest for name, digest in meta["sha256"].items() if not name.startswith("optim")]
+    digests = [meta["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]
     meta["source"] = {"path": str(source), "step": meta.get("step"), "sha256": sorted(digests)}
     return model, tokenizer, meta
 
