@@ -1205,10 +1205,10 @@ def weight_paths(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map", {}) if index.exists() else {}
-    if not names:
-        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index")
-    return [folder / name for name in sorted(set(names.values()))]
+    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map") if index.exists() else {}
+    if not names or not isinstance(names, dict):
+        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}")
+    return [folder / name for name in sorted(set(map(str, names.values())))]
 
 
 def load_huggingface(folder: Path, digests: dict[str, str], device: str | torch.device,
