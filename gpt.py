@@ -770,7 +770,10 @@ class ChatTokenizer:
         own = settings.get("chat_template")
         if isinstance(own, list):
             own = {entry["name"]: entry["template"] for entry in own}.get("default")
-        self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
+        try:
+            self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
+        except UnicodeDecodeError as error:
+            raise UserError(f"chat_template.jinja is no text ({error}): give another by --chat-template FILE") from error
         if not self.template:
             raise UserError("the model has no chat template: give one by --chat-template FILE")
         eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
