@@ -1144,7 +1144,10 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
         tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
         raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
                         "folder with model_*.pt or config.json and *.safetensors, or a hub name")
-    template = Path(flags.chat_template).read_text() if flags.chat_template else None
+    try:
+        template = Path(flags.chat_template).read_text() if flags.chat_template else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat-template {flags.chat_template} cannot be read: {gpt.one_line(error)}") from error
     dtype = getattr(torch, flags.dtype)
     model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
