@@ -870,7 +870,11 @@ def parity(text):
 def zero(reference):
     return "0"
 
-chat_rl.TASKS["even"] = chat_rl.Task(chat_rl.make_sums, chat_rl.Grader(zero, parity))
+def questions():
+    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in (1, 20, 35) for b in range(5)]
+    return {"train": rows[:12], "test": rows[12:]}
+
+chat_rl.TASKS["even"] = chat_rl.Task(questions, chat_rl.Grader(zero, parity))
 if __name__ == "__main__":
     status = chat_rl.main(sys.argv[1:])
     sys.stdout.flush()
@@ -1230,7 +1234,7 @@ BAD = {
     "short header": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:30]), "model-00002-of-.* cannot be read"),
     "index": (misdirect, "model-9.safetensors cannot be read"),
     "index list": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["x"]}'), "index.json"),
-    "index numbers": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}'), "index.json"),
+    "index numbers": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}'), "3 cannot be read"),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "has no weights"),
     "tensor missing": (lambda f: edit_shard(f, lambda t: t.pop("model.norm.weight")), "missing key norm.weight"),
     "tensor left over": (lambda f: edit_shard(f, lambda t: t.update(extra=torch.zeros(2))), "unknown key 'extra'"),
@@ -1245,7 +1249,7 @@ BAD = {
     "sandbox": (lambda f: set_template(f, "{{ ''.__class__.__mro__ }}"), "chat template fails .*__class__"),
     "template bytes": (lambda f: set_template(f, b"\xff\xfe"), "chat_template.jinja"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template.*--chat-template FILE"),
-    "too large": (lambda f: set_config(f, hidden_size=2 ** 16, num_hidden_layers=100), r"weights need [\d,]+ GB of memory"),
+    "too large": (lambda f: set_config(f, intermediate_size=2 ** 40), r"weights need [\d,]+ GB of memory"),
 }
 
 
@@ -1263,16 +1267,16 @@ def test_bad_folders_are_refused(what, folder, tmp_path, capsys):
 @pytest.mark.parametrize("flags, match", [
     (["--model-tag=Some/Other"], "Some/Other is no folder.*--model-tag"),
     (["--chat-template=/nowhere/x.jinja"], "/nowhere/x.jinja"),
-    (["--chat-template={}/model.safetensors.index.json"], "chat template"),
+    (["--chat-template={}/broken"], "chat template"),
     (["--chat-template={}/binary"], "binary"),
     (["--chat-template-kwargs=[1, 2]"], "--chat-template-kwargs .* no JSON object"),
     (["--chat-template-kwargs={"], "--chat-template-kwargs .* no JSON object"),
-    (["--max-new-tokens=511"], "--max-new-tokens"),
-    (["--model-step=3"], "step 3"),
+    (["--max-new-tokens=500"], "--max-new-tokens"),
 ])
 def test_bad_flags_are_refused(flags, match, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "broken").write_text("{% if")
     (tmp_path / "base").mkdir()
     flags = [flag.replace("{}", str(folder)) for flag in flags]
     assert main(tmp_path / "base", *RUN, f"--model-tag={folder}", *flags) == 2
@@ -1280,16 +1284,21 @@ def test_bad_flags_are_refused(flags, match, folder, tmp_path, capsys, monkeypat
     assert not list((tmp_path / "base").iterdir())
 
 
-def test_templates_are_not_for_nanochat(base, capsys):
-    for flag in ("--chat-template-kwargs={}", f"--chat-template={base}/x"):
-        (base / "x").write_text(CHATML)
-        assert main(base, "--model-tag=adder", "--task=even", flag) == 2
-        assert "Hugging Face" in one_error(capsys) and not (base / "chatrl_checkpoints").exists()
+def test_templates_are_not_for_nanochat(tmp_path, capsys):
+    shape = dict(sequence_len=64, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model, place = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(0), tmp_path / "model"
+    gpt.save_checkpoint(place, 1, model, chat_rl.byte_tokenizer(), {"model_config": shape})
+    (tmp_path / "template").write_text(CHATML)
+    for flag in ('--chat-template-kwargs={"a": 1}', f"--chat-template={tmp_path / 'template'}"):
+        assert main(tmp_path, f"--model-tag={place}", "--task=even", flag) == 2
+        assert "Hugging Face" in one_error(capsys) and not (tmp_path / "chatrl_checkpoints").exists()
 
 
 def test_long_questions_are_measured_against_the_positions(tmp_path, capsys):
     """max_position_embeddings holds a question and its completion."""
     source = model_folder(tmp_path / "model", max_position_embeddings=60)
-    length = len(tokenizer_of(source).render([{"role": "user", "content": "What is 1 + 1?"}]))
-    assert main(tmp_path, *RUN, f"--model-tag={source}", f"--max-new-tokens={60 - length}") == 0
-    assert f"are longer than {length} tokens and left out" in capsys.readouterr().out
+    length = len(tokenizer_of(source).render([{"role": "user", "content": "What is 35 + 4?"}])) - 1
+    flags = [*RUN, f"--model-tag={source}", f"--max-new-tokens={60 - length}"]
+    assert main(tmp_path, *flags) == 2
+    assert "3 of 3 test questions are longer" in capsys.readouterr().out and not (tmp_path / "chatrl_checkpoints").exists()
+    assert main(tmp_path, *flags, f"--max-new-tokens={59 - length}") == 0
