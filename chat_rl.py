@@ -1115,16 +1115,22 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
     return next(parent / name for name in names if parent / name not in taken)
 
 
-def find_resumable(out: Path, source: Path | None, device: torch.device) -> tuple | None:
+def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
     """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen weights
-    of adapters come from the run's source."""
+    of adapters come from the run's source; without one `tag` is a hub name."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
             flags = {**asdict(Flags()), **meta["flags"]}
             training = gpt.load_training(out, meta, device)
-            place = (source, meta["source"]["step"]) if flags["lora_rank"] else (out, step)
-            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"])
+            place = out, step
+            if flags["lora_rank"]:
+                begun = Path(meta["source"]["path"])
+                place = source or (begun if begun.exists() else gpt.find_hub_folder(tag)), meta["source"]["step"]
+                meta["source"]["path"] = str(place[0])
+            path = out / f"{step:06d}" / "chat_template.jinja"
+            template = gpt.read_file(path, meta["sha256"])[:].decode() if path.exists() else None
+            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"], template)
             return model, tokenizer, {**loaded, **meta}, training
         except UserError as error:
             say(f"passing over step {step}: {error}")
@@ -1168,12 +1174,15 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
         tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
         raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
                         "folder with model_*.pt or config.json and *.safetensors, or a hub name")
-    template = Path(flags.chat_template).read_text() if flags.chat_template else None
+    try:
+        template = Path(flags.chat_template).read_text() if flags.chat_template else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chat-template {flags.chat_template} cannot be read: {gpt.one_line(error)}") from error
     dtype = getattr(torch, flags.dtype)
     model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
-    digests = [digest for name, digest in meta["sha256"].items() if not name.startswith("optim")]
+    digests = [meta["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]
     meta["source"] = {"path": str(source), "step": meta.get("step"), "sha256": sorted(digests)}
     return model, tokenizer, meta
 
@@ -1226,12 +1235,12 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
 def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, dict | None]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
     going_on = given.get("resume") and gpt.checkpoint_steps(out)
-    if source is None and not going_on:
-        source = gpt.find_hub_folder(given["model_tag"])
-    resumed = find_resumable(out, source, ranks.device) if going_on else None
+    resumed = find_resumable(out, source, given.get("model_tag"), ranks.device) if going_on else None
     model, tokenizer, meta, training = resumed or (None, None, {}, None)
+    if source is None:
+        source = Path(meta["source"]["path"]) if resumed else gpt.find_hub_folder(given["model_tag"])
     kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
-    if source and (source / "config.json").exists() or "hidden_size" in meta.get("model_config", ()):
+    if source and [*source.glob("config.json"), *source.glob("*/config.json")] or "hidden_size" in meta.get("model_config", ()):
         kind = "huggingface"
     flags = settle_flags(given, kind, meta.get("flags"), ranks.device)
     if flags.examples_per_step % ranks.size:

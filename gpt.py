@@ -770,7 +770,10 @@ class ChatTokenizer:
         own = settings.get("chat_template")
         if isinstance(own, list):
             own = {entry["name"]: entry["template"] for entry in own}.get("default")
-        self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
+        try:
+            self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
+        except UnicodeDecodeError as error:
+            raise UserError(f"chat_template.jinja is no text ({error}): give another by --chat-template FILE") from error
         if not self.template:
             raise UserError("the model has no chat template: give one by --chat-template FILE")
         eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
@@ -1210,10 +1213,10 @@ def weight_paths(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map", {}) if index.exists() else {}
-    if not names:
-        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index")
-    return [folder / name for name in sorted(set(names.values()))]
+    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map") if index.exists() else {}
+    if not names or not isinstance(names, dict):
+        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}")
+    return [folder / name for name in sorted(set(map(str, names.values())))]
 
 
 def load_huggingface(folder: Path, digests: dict[str, str], device: str | torch.device,
@@ -1514,8 +1517,8 @@ def share_model(model: GPT | None, ranks: Ranks) -> GPT:
         model.recompute = recompute
         if config.lora_rank:
             for name, p in model.named_parameters():
-                p.requires_grad_("lora_" in name)
-            model.to(dtype)
+                if "lora_" not in name:
+                    p.requires_grad_(False).data = p.data.to(dtype)
         model.to_empty(device=ranks.device)
     for p in model.parameters():
         ranks.broadcast(p.data)
