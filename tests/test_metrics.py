@@ -1,0 +1,459 @@
+"""A run of two steps recomputed by hand, from the files it began with: each completion, metric, sample and weight that it must
+have come to; what W&B is told of it; and a second signal that comes too soon."""
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Iterable, Iterator
+
+import matplotlib.figure
+import pytest
+import torch
+from test_reference import NAMES, random_state, reference_logits, write_checkpoint
+from torch import Tensor
+
+import chat_rl
+import gpt
+
+BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = range(256, 265)
+CONFIG = {"sequence_len": 64, "vocab_size": 265, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "window_pattern": "L"}
+TRAIN = [{"question": f"q{i}?", "answer": "34"[i % 2]} for i in range(14)]
+TEST = [{"question": f"t{i}?", "answer": "343"[i % 3]} for i in range(7)]
+EXAMPLES, SAMPLES, LENGTH, EVALUATED, K, SEED = 7, 3, 12, 5, 3, 24
+TEMPERATURE, TOP_K, DECAY, FRACTION = 0.8, 4, 0.3, 0.02
+RATES = {"embedding": 0.3, "unembedding": 0.006, "matrix": 0.03}
+FLAGS = ["--model-tag=caller", "--task=script", "--run=recorded", "--max-steps=2", "--eval-every=1", "--save-every=1",
+         "--keep-last=9", f"--examples-per-step={EXAMPLES}", f"--num-samples={SAMPLES}", f"--max-new-tokens={LENGTH}",
+         f"--eval-examples={EVALUATED}", f"--eval-samples={K}", f"--seed={SEED}", f"--temperature={TEMPERATURE}",
+         f"--top-k={TOP_K}", f"--weight-decay={DECAY}", f"--init-lr-frac={FRACTION}", "--device-batch-size=3",
+         "--rollout-batch-size=9", *(f"--{name}-lr={rate}" for name, rate in RATES.items())]
+SHIFT = 0.25                                # added to the logprobs that the sampler tells, so that there is a gap to measure
+
+# What the model likes to say: it calls the calculator, ends its turn in either way, or goes on past the limit.
+SCRIPT = {ASSISTANT_START: {PYTHON_START: 8, "#": 5, "3": 3, BOS: 3}, PYTHON_START: {"1": 7}, "1": {"+": 7, PYTHON_END: 3},
+          "+": {"2": 7}, "2": {PYTHON_END: 7, "3": 3}, PYTHON_END: {OUTPUT_START: 5, "#": 4}, OUTPUT_START: {"3": 4},
+          OUTPUT_END: {"#": 6, "3": 5, "4": 5}, "#": {"3": 6, "#": 3, "4": 6, BOS: 3},
+          "3": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}, "4": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}}
+
+# What these tests take from the product, and what they know of its inside
+
+
+@dataclass(frozen=True)
+class Script:
+    """A grader that is not in the product."""
+    score: Callable[[str, str], float]
+
+    def reads(self, reference: str) -> bool:
+        return True
+
+    def __call__(self, reference: str, text: str) -> float:
+        return self.score(reference, text)
+
+
+def use_script(patch: pytest.MonkeyPatch, grader: Callable[[str, str], float]) -> None:
+    """Makes --task=script."""
+    patch.setitem(chat_rl.TASKS, "script", chat_rl.Task(lambda: {"train": TRAIN, "test": TEST}, Script(grader)))
+
+
+def shift_logprobs(patch: pytest.MonkeyPatch) -> None:
+    """What is sampled stays the same; what the sampler tells of its logprobs does not."""
+    generate = gpt.Sampler.generate
+
+    def shifted(*args: Any, **more: Any) -> list[list[gpt.Completion]]:
+        groups = generate(*args, **more)
+        for completion in sum(groups, []):
+            completion.logprobs = [p + SHIFT * mask for p, mask in zip(completion.logprobs, completion.mask)]
+        return groups
+
+    patch.setattr(gpt.Sampler, "generate", shifted)
+
+
+def answer_call(tokens: list[int]) -> list[int]:
+    """What the calculator forces after these tokens."""
+    return chat_rl.byte_tokenizer().answer_call(tokens)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    return gpt.orthogonalize(x.unsqueeze(0))[0]
+
+
+def questions(step: int) -> list[int]:
+    """The places of a step's training questions; the two steps are of one epoch."""
+    order = torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(int(gpt.fold(SEED, 0)))).tolist()
+    return order[step * EXAMPLES:(step + 1) * EXAMPLES]
+
+
+def training_seed(step: int) -> int:
+    return int(gpt.fold(SEED, 0, step))
+
+
+def evaluation_seed() -> int:
+    return int(gpt.fold(SEED, 1))
+
+
+def uniform(seed: int, question: int, sample: int, position: int) -> float:
+    return float(gpt.to_uniform(gpt.fold(gpt.fold(seed, question, sample), position)))
+
+
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl in this process, and undoes what it does to signals; returns the exit status."""
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    handlers = [signal.getsignal(number) for number in numbers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
+        try:
+            return chat_rl.main([*FLAGS, *flags])
+        finally:
+            list(map(signal.signal, numbers, handlers))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def token_id(token: int | str) -> int:
+    return token if isinstance(token, int) else ord(token)
+
+
+def scripted_state() -> dict[str, Tensor]:
+    """Weights of nanochat's current generation, all of them in use, that follow SCRIPT more or less."""
+    state = random_state("current", CONFIG)
+    wte, head = state["transformer.wte.weight"], state["lm_head.weight"]
+    head *= 0.1
+    wte *= 2
+    for channel, (token, after) in enumerate(SCRIPT.items()):
+        wte[token_id(token), channel] += 1.0
+        for other, logit in after.items():
+            head[token_id(other), channel] += logit * CONFIG["n_embd"] ** -0.5
+    return state
+
+
+def grader(reference: str, text: str) -> float:
+    """1 for the right last character, a half for another digit."""
+    return 1.0 if text.endswith(reference) else 0.5 * text[-1:].isdigit()
+
+
+class Recorder(SimpleNamespace):
+    """A `wandb`, and its run, that write down what they are told."""
+
+    def __init__(self):
+        super().__init__(calls=[], Settings=lambda **more: more, Table=lambda columns, data: {"columns": columns, "data": data})
+
+    def init(self, **more: Any) -> "Recorder":
+        self.calls.append(("init", more))
+        return self
+
+    def define_metric(self, *args: Any, **more: Any) -> None:
+        self.calls.append(("define_metric", (args, more)))
+
+    def log(self, content: dict) -> None:
+        self.calls.append(("log", dict(content)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+    def told(self, name: str) -> list:
+        return [content for called, content in self.calls if called == name]
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Iterator[Recorder]:
+    """The task, a sampler that tells shifted logprobs, and W&B's stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", Recorder())
+        use_script(patch, grader)
+        shift_logprobs(patch)
+        yield sys.modules["wandb"]
+
+
+def out(base: Path) -> Path:
+    return base / "chatrl_checkpoints" / "caller"
+
+
+def samples(base: Path, step: int) -> list[dict]:
+    return lines(out(base) / f"samples_{step:06d}.jsonl")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(recorder, tmp_path_factory) -> SimpleNamespace:
+    """The run: its folder, its weights after each step, its metrics line by line, and what W&B was told. Do not write there."""
+    base = tmp_path_factory.mktemp("metrics") / "base"
+    write_checkpoint(base / "chatsft_checkpoints" / "caller", scripted_state(), CONFIG)
+    assert main(base) == 0
+    files = [base / "chatsft_checkpoints" / "caller" / "model_000007.pt", *sorted(out(base).glob("model_*.pt"))]
+    metrics = lines(out(base) / "metrics.jsonl")
+    return SimpleNamespace(base=base, states=[torch.load(file, weights_only=True) for file in files],
+                           steps=[line for line in metrics if "reward" in line], metrics=metrics,
+                           evaluations=[line for line in metrics if "greedy" in line], calls=list(recorder.calls))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By hand
+
+
+def prompt_of(row: dict) -> list[int]:
+    return [BOS, USER_START, *row["question"].encode(), USER_END, ASSISTANT_START]
+
+
+def text_of(tokens: list[int]) -> str:
+    said = tokens[:-1] if tokens[-1] in (ASSISTANT_END, BOS) else tokens
+    return b"".join(bytes([i]) if i < 256 else f"<|{NAMES[i - 256]}|>".encode() for i in said).decode(errors="replace")
+
+
+def policy(row: Tensor, temperature: float, top_k: int) -> tuple[Tensor, list[int]]:
+    """Logprobs (k,) of the k likeliest tokens, best first, and their ids, given logits (V,)."""
+    ids = row.argsort(descending=True)[:top_k].tolist()
+    return (row[ids] / temperature).log_softmax(dim=-1), ids
+
+
+@torch.no_grad()
+def sampled(state: dict, row: dict, numbers: Callable[[int], float], temperature: float, top_k: int) -> gpt.Completion:
+    """One completion, alone: the whole of it forward at each token, `numbers` giving the random number of a position."""
+    tokens, mask, logprobs, entropy, forced = [], [], [], 0.0, []
+    while len(tokens) < LENGTH:
+        if forced:
+            token, logprob, learned = forced.pop(0), 0.0, False
+        else:
+            p, ids = policy(reference_logits(state, CONFIG, prompt_of(row) + tokens)[-1], temperature, top_k)
+            reach = p.exp().cumsum(dim=0).tolist()
+            i = next(i for i, x in enumerate(reach) if x > numbers(len(tokens)) * reach[-1])
+            token, logprob, learned = ids[i], p[i].item(), True
+            entropy -= (p.exp() @ p).item()
+        tokens.append(token)
+        mask.append(learned)
+        logprobs.append(logprob)
+        if learned and token == PYTHON_END:
+            forced = answer_call(tokens)
+        if token in (ASSISTANT_END, BOS):
+            break
+    return gpt.Completion(tokens, mask, logprobs, entropy)
+
+
+def group_of(state: dict, rows: list[dict], i: int, n: int, seed: int, temperature: float, top_k: int) -> SimpleNamespace:
+    completions = [sampled(state, rows[i], lambda t: uniform(seed, i, j, t), temperature, top_k) for j in range(n)]
+    texts = [text_of(c.tokens) for c in completions]
+    scores = [grader(rows[i]["answer"], text) for text in texts]
+    return SimpleNamespace(row=rows[i], completions=completions, texts=texts, scores=scores,
+                           advantages=[score - sum(scores) / n for score in scores])
+
+
+def double(state: dict) -> dict:
+    return {name: x.double() for name, x in state.items()}
+
+
+@pytest.fixture(scope="module")
+def rollouts(whole) -> list[list[SimpleNamespace]]:
+    """The groups that each step must have sampled."""
+    return [[group_of(double(whole.states[step]), TRAIN, i, SAMPLES, training_seed(step), TEMPERATURE, TOP_K)
+             for i in questions(step)] for step in range(2)]
+
+
+def test_the_script_is_all_there(rollouts):
+    """What the other tests would notice happens: calls, forced tokens, all ends, half scores, groups of all kinds."""
+    groups = sum(rollouts, [])
+    completions = [c for group in groups for c in group.completions]
+    assert {c.tokens[-1] for c in completions} >= {ASSISTANT_END, BOS} and max(len(c.tokens) for c in completions) == LENGTH
+    assert sum(c.tokens.count(OUTPUT_START) for c in completions) > 9
+    assert any(not c.mask[-1] for c in completions) and sum(not all(c.mask) for c in completions) > 9
+    lowest, highest = ([f(group.scores) for group in groups] for f in (min, max))
+    assert set(lowest) == {0.0, 0.5, 1.0} and 0.5 in highest and 0 < lowest.count(1.0) < len(groups) / 2
+    assert len({len(c.tokens) for c in completions}) > 4
+
+
+def test_metrics_of_the_steps(whole, rollouts):
+    """Each is what the step's completions say."""
+    assert [line["step"] for line in whole.steps] == [0, 1]
+    for line, groups in zip(whole.steps, rollouts, strict=True):
+        completions = [c for group in groups for c in group.completions]
+        tokens, learned = sum(len(c.tokens) for c in completions), sum(sum(c.mask) for c in completions)
+        wanted = {"reward": statistics.fmean(score for group in groups for score in group.scores),
+                  "all_right": sum(set(group.scores) == {1.0} for group in groups) / EXAMPLES,
+                  "all_wrong": sum(1.0 not in group.scores for group in groups) / EXAMPLES,
+                  "completion_length": tokens / (EXAMPLES * SAMPLES),
+                  "truncated": sum(c.tokens[-1] not in (ASSISTANT_END, BOS) for c in completions) / (EXAMPLES * SAMPLES),
+                  "entropy": sum(c.entropy for c in completions) / learned, "grader_timeouts": 0, "lrm": 1 - line["step"] / 2,
+                  "advantage_tokens": sum(sum(c.mask) for g in groups for c, a in zip(g.completions, g.advantages) if a) / learned,
+                  "sampler_gap": SHIFT, "ratio_max": math.exp(SHIFT), "approx_kl": math.exp(-SHIFT) - 1 + SHIFT,
+                  "clip_fraction": 0, "parts_left_out": 0}
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=0, abs=2e-5)
+        assert line["tokens_per_second"] * line["rollout_seconds"] == pytest.approx(tokens)
+        assert line["update_seconds"] > 0
+        assert set(line) - set(wanted) == {"step", "tokens_per_second", "rollout_seconds", "update_seconds", "grad_norm", "update_norm"}
+
+
+def test_evaluations(whole):
+    """pass@k, the greedy accuracy and the samples at each step are those of the weights then, with the same random numbers
+    every time, at temperature 1 and the run's top-k. Half a score is not solved."""
+    assert [line["step"] for line in whole.evaluations] == [0, 1, 2]
+    for line, state in zip(whole.evaluations, map(double, whole.states), strict=True):
+        groups = [group_of(state, TEST, i, K, evaluation_seed(), 1.0, TOP_K) for i in range(EVALUATED)]
+        greedy = [group_of(state, TEST, i, 1, evaluation_seed(), 1.0, 1) for i in range(EVALUATED)]
+        assert 0.5 in [group.scores[0] for group in greedy] and 1.0 in [group.scores[0] for group in greedy]
+        for row, group in zip(samples(whole.base, line["step"]), groups, strict=True):
+            assert (row["question"], row["reference"]) == (group.row["question"], group.row["answer"])
+            assert (row["completions"], row["rewards"]) == (group.texts, group.scores)
+        solved = {"greedy": [group.scores[0] == 1 for group in greedy]}
+        for k in range(1, K + 1):
+            wrong = [sum(score < 1 for score in group.scores) for group in groups]
+            solved[f"pass@{k}"] = [1 - math.comb(n, k) / math.comb(K, k) for n in wrong]
+        wanted = {key: statistics.fmean(x) for key, x in solved.items()}
+        wanted |= {f"{key}_error": statistics.stdev(map(float, x)) / EVALUATED ** 0.5 for key, x in solved.items()}
+        assert {key: x for key, x in line.items() if key != "step"} == pytest.approx(wanted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+def gradients(state: dict, groups: list[SimpleNamespace]) -> dict[str, Tensor]:
+    """Of the loss, in float64: each completion alone, over the tokens that were sampled in the whole step. Where the policy is
+    e^−SHIFT of what it was, so is the ratio's gradient of the logprob's."""
+    state = {name: x.double().requires_grad_() for name, x in state.items()}
+    loss, learned = 0.0, sum(sum(c.mask) for group in groups for c in group.completions)
+    for group in groups:
+        prompt = prompt_of(group.row)
+        for c, advantage in zip(group.completions, group.advantages):
+            rows = reference_logits(state, CONFIG, prompt + c.tokens)[len(prompt) - 1:-1]
+            for row, token, mask in zip(rows, c.tokens, c.mask):
+                if mask and advantage:
+                    p, ids = policy(row, TEMPERATURE, TOP_K)
+                    loss = loss - advantage * math.exp(-SHIFT) * p[ids.index(token)] / learned
+    return dict(zip(state, torch.autograd.grad(loss, list(state.values()))))
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(x.double().norm().item() for x in tensors))
+
+
+def settings_of(name: str) -> tuple[float, float, float, float] | None:
+    """Learning rate, betas and weight decay of Adam, in nanochat's table; None for Muon's."""
+    s = (CONFIG["n_embd"] / 768) ** -0.5
+    table = {"lm_head": (RATES["unembedding"] * s, 0.8, 0.96, DECAY), "transformer.wte": (RATES["embedding"] * s, 0.8, 0.995, DECAY),
+             "value_embeds": (RATES["embedding"] * s / 2, 0.8, 0.995, 0), "resid_lambdas": (0.005, 0.8, 0.95, 0),
+             "x0_lambdas": (0.5, 0.96, 0.95, 0), "smear": (0.2, 0.8, 0.95, 0), "backout": (0.2, 0.8, 0.95, 0)}
+    return next((row for prefix, row in table.items() if name.startswith(prefix)), None)
+
+
+def test_weights_after_each_step(whole, rollouts):
+    """They are what AdamW and Muon, written out, make of the gradient; so is its norm. Adam's step is the gradient's sign in
+    the beginning: elements whose gradient is next to nothing are left out."""
+    means, squares = ({name: torch.zeros_like(x).double() for name, x in whole.states[0].items()} for _ in range(2))
+    for step, groups in enumerate(rollouts):
+        before, after, fraction = whole.states[step], whole.states[step + 1], FRACTION * (1 - step / 2)
+        gradient, change = gradients(before, groups), norm_of(after[name] - x for name, x in before.items())
+        assert whole.steps[step]["update_norm"] == pytest.approx(change / norm_of(before.values()), rel=1e-4)
+        assert whole.steps[step]["grad_norm"] == pytest.approx(norm_of(gradient.values()), rel=1e-5)
+        for name, g in gradient.items():
+            x, mean, square = before[name].double(), means[name], squares[name]
+            if found := settings_of(name):
+                rate, beta1, beta2, decay = found
+                mean.lerp_(g, 1 - beta1)
+                square.lerp_(g.square(), 1 - beta2)
+                size = (square / (1 - beta2 ** (step + 1))).sqrt()
+                wanted = x * (1 - rate * fraction * decay) - rate * fraction * mean / (1 - beta1 ** (step + 1)) / (size + 1e-10)
+                known = (size == 0) | (size > 1e-4 * size.max())
+            else:
+                rate, known = RATES["matrix"] * max(1, g.size(0) / g.size(1)) ** 0.5, torch.ones_like(x).bool()
+                mean.lerp_(g, 0.05)
+                wanted = x - rate * fraction * orthogonalize(g.lerp(mean, 0.95))
+            assert known.double().mean() > 0.9 and (g[known] != 0).any()
+            error = (after[name] - wanted)[known].abs().max() / (rate * fraction)
+            assert error < 2e-3, (step, name, error)
+
+
+def test_sampler_has_the_weights_of_the_model(whole, tmp_path):
+    """In bfloat16, where it has a copy of its own: what a run's last evaluation sampled is what its checkpoint samples."""
+    base = tmp_path / "base"
+    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
+    flags = ["--run=dummy", "--dtype=bfloat16", "--eval-every=9", "--init-lr-frac=1"]
+    assert main(base, *flags) == 0
+    assert main(base, *flags, f"--model-tag={out(base)}", "--max-steps=0") == 0
+    again, = (base / "chatrl_checkpoints" / "evaluations").rglob("samples_*.jsonl")
+    assert lines(again) == samples(base, 2) != samples(base, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# W&B
+
+
+def test_weights_and_biases_is_told_all(whole):
+    """The run with its flags, each line of metrics.jsonl as it stands there, every completion of an evaluation, the end."""
+    recorded = Recorder()
+    recorded.calls = whole.calls
+    begun, = recorded.told("init")
+    assert (begun["name"], begun["resume"], begun["dir"]) == ("recorded", "allow", str(out(whole.base)))
+    assert len(begun["id"]) >= 8 and begun["config"]["temperature"] == TEMPERATURE and begun["config"]["seed"] == SEED
+    logged = recorded.told("log")
+    assert [line for line in logged if "samples" not in line] == whole.metrics
+    tables = [line for line in logged if "samples" in line]
+    assert [table["step"] for table in tables] == [0, 1, 2] and all(len(table) == 2 for table in tables)
+    for table in tables:
+        rows = samples(whole.base, table["step"])
+        assert table["samples"] == {"columns": ["question", "reference", "completion", "reward"], "data": [
+            [row["question"], row["reference"], *pair] for row in rows for pair in zip(row["completions"], row["rewards"])]}
+    assert recorded.calls[0][0] == "init" and [name for name, _ in recorded.calls].index("finish") == len(recorded.calls) - 1
+
+
+def untimed(line: dict) -> dict:
+    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
+
+
+def test_a_resumed_run_keeps_its_wandb_id(whole, recorder, tmp_path):
+    """It goes on under the id that it had, and ends like a run that was never stopped; a new run has an id of its own."""
+    base = Path(shutil.copytree(whole.base, tmp_path / "base"))
+    for path in out(base).glob("*_000002.*"):
+        path.unlink()
+    recorder.calls.clear()
+    assert main(base, "--resume") == 0
+    first, (again,) = whole.calls[0][1], recorder.told("init")
+    assert again["id"] == first["id"]
+    assert [untimed(line) for line in recorder.told("log") if "reward" in line] == [untimed(whole.steps[1])]
+    assert [untimed(line) for line in lines(out(base) / "metrics.jsonl")] == [untimed(line) for line in whole.metrics]
+    saved = torch.load(out(base) / "model_000002.pt", weights_only=True)
+    assert all(torch.equal(x, whole.states[2][name]) for name, x in saved.items())
+    recorder.calls.clear()
+    assert main(base, "--max-steps=0") == 0
+    assert recorder.told("init")[0]["id"] != first["id"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def test_second_signal_has_a_second_of_grace(whole, tmp_path, monkeypatch):
+    """One Ctrl-C that arrives twice still lets the run save; one that comes more than a second later does not."""
+    base, now, exits = tmp_path / "base", [], []
+    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
+    clock, save = time.monotonic, gpt.save_checkpoint
+
+    def interrupted(reference: str, text: str) -> float:
+        if not now and any("reward" in line for line in lines(out(base) / "metrics.jsonl")):        # in the second step
+            now.append(clock())
+            os.kill(os.getpid(), signal.SIGINT)
+        return grader(reference, text)
+
+    def interrupted_save(*args: Any, **more: Any) -> None:
+        for seconds in (0.5, 0.9):
+            now[0] += seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+            exits.append(None)
+        save(*args, **more)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0] if now else clock())
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(gpt, "save_checkpoint", interrupted_save)
+    use_script(monkeypatch, interrupted)
+    assert main(base, "--run=dummy", "--save-every=9", "--eval-every=9") == 0
+    assert exits == [None, 128 + signal.SIGTERM, None] and gpt.checkpoint_steps(out(base)) == [1]
