@@ -225,7 +225,7 @@ def prompt_of(example: Example, tokenizer: Any) -> list[int]:
     """The tokens that ask the question, up to where the model goes on."""
     if isinstance(example.prompt, str):
         return tokenizer.encode_raw(example.prompt + example.task.prefill)
-    return tokenizer.render(example.prompt) + (tokenizer.encode(example.task.prefill) if example.task.prefill else [])
+    return tokenizer.render(example.prompt) + tokenizer.encode(example.task.prefill)
 
 
 def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int,
@@ -360,12 +360,18 @@ def largest(log_ratios: Tensor) -> float:
 
 def measure_drift(parts: list[Tensor], clip: tuple[float, ...], ranks: Ranks) -> dict[str, float]:
     """How far the policy was from the one that sampled, given log π / π_sampled of the tokens of each part."""
-    first, drift = (torch.cat([torch.zeros(0), *(part.cpu() for part in some)]) for some in (parts[:1], parts))
+    none = torch.zeros(0)
+    parts = [part.cpu() for part in parts]
+    first, drift = torch.cat([none, *parts[:1]]), torch.cat([none, *parts])
     ratio = drift.exp()
-    outside = (ratio < 1 - clip[0]) | (ratio > 1 + clip[-1]) if clip else ratio > math.inf
-    sums = ranks.sum({"tokens": len(drift), "first": len(first), "gap": first.abs().sum().item(),
-                      "clipped": outside.sum().item(),
-                      "kl": (ratio - 1 - drift).sum().item()})         # the k3 estimate (Schulman 2020)
+    low, high = (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
+    sums = ranks.sum({
+        "tokens": len(drift),
+        "first": len(first),
+        "gap": first.abs().sum().item(),
+        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
+        "kl": (ratio - 1 - drift).sum().item(),         # the k3 estimate (Schulman 2020)
+    })
     count = max(sums["tokens"], 1)
     return {"tokens": sums["tokens"],
             "sampler_gap": sums["gap"] / max(sums["first"], 1),         # before any update
@@ -378,9 +384,11 @@ def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
     """One step: sample, grade, learn. Returns its metrics, or None where a signal has cut the rollout short."""
     flags, begun = run.flags, time.monotonic()
     examples = questions_of_step(run, run.step)[ranks.rank::ranks.size]
-    policy, seed = learner.policy(flags.temperature, flags.top_k), int(gpt.fold(flags.seed, TRAINING, run.step))
-    groups = ranks.attempt(lambda: grade(run, rollout(
-        run, learner.sampler, examples, flags.num_samples, policy, seed, f"step {run.step}")))
+    policy = learner.policy(flags.temperature, flags.top_k)
+    seed = int(gpt.fold(flags.seed, TRAINING, run.step))
+    title = f"step {run.step}"
+    groups = ranks.attempt(
+        lambda: grade(run, rollout(run, learner.sampler, examples, flags.num_samples, policy, seed, title)))
     if ranks.stopping():
         return None
     total = ranks.sum(tally(groups, run.tokenizer.stops))
@@ -409,7 +417,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) -> tuple[dict, list[Group]]:
@@ -619,8 +628,12 @@ def make_sums() -> dict[str, list[dict]]:
     pairs = list(itertools.combinations_with_replacement(range(100), 2))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     held_out, rest = [pairs[i] for i in order[:400]], [pairs[i] for i in order[400:]]
-    pairs = {"train": sorted({*rest, *((b, a) for a, b in rest)}), "test": held_out}
-    return {split: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part] for split, part in pairs.items()}
+    swapped = [(b, a) for a, b in rest]
+
+    def ask(pairs: list[tuple[int, int]]) -> list[dict]:
+        return [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
+
+    return {"train": ask(sorted({*rest, *swapped})), "test": ask(held_out)}
 
 
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
@@ -709,8 +722,10 @@ def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
 
 def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     """A chat that ends with a message of that role. Raises UserError where it is none."""
-    known = isinstance(value, list) and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in value)
+    def is_message(m: Any) -> bool:
+        return isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+
+    known = isinstance(value, list) and all(map(is_message, value))
     if not known or not value or value[-1]["role"] != last:
         raise UserError(f"{place} is no list of messages with a role (system, user, assistant) and a content that ends with the "
                         f"{last}'s: mend it")
@@ -910,7 +925,8 @@ class Log:
 
     def close(self) -> None:
         """Prints what the run has changed, and where to look."""
-        tests, rewards = [x for x in self.lines if is_evaluation(x)], [x["reward"] or 0.0 for x in self.lines if "reward" in x]
+        tests = [line for line in self.lines if is_evaluation(line)]
+        rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if len(tests) > 1:
             say(f"before  {evaluation_row(tests[0])}\nafter   {evaluation_row(tests[-1])}")
         if rewards:
@@ -1096,7 +1112,8 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     tags = sorted(path.parent.name for path in folder.glob("*/model_*.pt"))
     if tag is None:
         sized = [(int(found[1]), t) for t in tags if (found := re.match(r"d(\d+)", t))]
-        tag = max(sized)[1] if sized else max(tags, key=lambda t: (folder / t).stat().st_mtime, default="starter")
+        newest = max(tags, key=lambda t: (folder / t).stat().st_mtime, default="starter")
+        tag = max(sized)[1] if sized else newest
     if tag in (*tags, "starter"):
         return folder / tag, tag
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
@@ -1287,7 +1304,8 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
         num_steps = flags.num_epochs * (len(train) // flags.examples_per_step)
     stack.enter_context(locked(out))
     make_folder(out, fresh=training is None and num_steps > 0)
-    return Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"]), {"model": model, "training": training}
+    run = Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"])
+    return run, {"model": model, "training": training}
 
 
 def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
@@ -1347,7 +1365,8 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
 def save(run: Run, learner: Learner) -> None:
     """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk refuses."""
     model = learner.model
-    masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad and model.stored_types.get(name) != p.dtype}
+    learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: x for name, x in learned.items() if model.stored_types.get(name) != x.dtype}    # saved in another type
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
     try:
         gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)

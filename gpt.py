@@ -369,45 +369,65 @@ def nanochat_config(generation: str, sequence_len: int, vocab_size: int, n_layer
 
 
 # model_type: the family's fields of Config, and what transformers takes for keys that are absent
-FAMILIES = {"llama": ({}, {}),
-            "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
-            "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128})}
+FAMILIES = {
+    "llama": ({}, {}),
+    "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
+    "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
+}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+class Fields:
+    """The fields of a config.json. Raises UserError, naming the field, on one that would be run wrong."""
+
+    def __init__(self, raw: dict):
+        self.raw = raw
+
+    def expect(self, good: bool, name: str, known: Any) -> None:
+        if not good:
+            raise UserError(f"config.json: {name} is {self.raw.get(name)!r}; known here: {known}")
+
+    def only(self, name: str, *known: Any) -> None:
+        self.expect(self.raw.get(name) in known, name, known)
+
+    def number(self, name: str, default: float | None = None, kind: type = int) -> float:
+        value = default if self.raw.get(name) is None else self.raw[name]
+        sound = type(value) in (kind, int) and (kind is bool or 0 < value < math.inf)
+        self.expect(sound, name, f"any {kind.__name__}, numbers above 0")
+        return value
 
 
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
     """The architecture that a config.json describes, for a tokenizer with so many ids. Raises UserError, naming the
     field, on whatever would be run wrong."""
-    def expect(good: bool, name: str, known: Any) -> None:
-        if not good:
-            raise UserError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
-
-    def field(name: str, default: float | None = None, kind: type = int) -> float:
-        value = default if raw.get(name) is None else raw[name]
-        expect(type(value) in (kind, int) and (kind is bool or 0 < value < math.inf), name,
-               f"any {kind.__name__}, numbers above 0")
-        return value
-
-    expect(str(raw.get("model_type")) in FAMILIES, "model_type", ", ".join(FAMILIES))
+    Fields(raw).only("model_type", *FAMILIES)
     family, defaults = FAMILIES[raw["model_type"]]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in transformers 5's order
-    expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
+    Fields(raw).expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
-    layers, heads, width, rows = map(field, ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"))
-    kv_heads, head_dim = field("num_key_value_heads", heads), field("head_dim", width // heads)
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-            "layer_types": ["full_attention"] * layers, "full_attention": None, "partial_rotary_factor": 1,
-            "quantization_config": None}                    # full_attention: RoPE's settings by the type of layer
-    for name, known in only.items():
-        expect(raw.get(name) in (None, known), name, known)
-    expect(raw["rope_type"] in ("default", "llama3"), "rope_type", "default, llama3")
-    expect(heads % kv_heads == head_dim % 2 == 0, "num_attention_heads",
-           f"multiples of num_key_value_heads, {kv_heads}, with an even head_dim, not {head_dim}")
-    expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
-    return Config(vocab_size, rows, layers, heads, kv_heads, width, head_dim, field("intermediate_size"),
-                  field("max_position_embeddings"), field("tie_word_embeddings", False, bool),
-                  norm_eps=field("rms_norm_eps", 1e-6, float), rope_base=field("rope_theta", 1e4, float),
-                  rope_scaling=tuple(field(name, kind=float) for name in LLAMA3 if raw["rope_type"] == "llama3"), **family)
+    read = Fields(raw)
+    layers, heads, width = map(read.number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    kv_heads, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", width // heads)
+    rows = read.number("vocab_size")
+    read.only("hidden_act", None, "silu")
+    read.only("layer_types", None, ["full_attention"] * layers)
+    read.only("full_attention", None)                   # RoPE's settings by the type of layer
+    read.only("partial_rotary_factor", None, 1)
+    read.only("rope_type", "default", "llama3")
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        read.only(name, None, False)
+    read.expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
+    read.expect(head_dim % 2 == 0, "head_dim", "even numbers")
+    read.expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
+    scaling = [read.number(name, kind=float) for name in LLAMA3] if raw["rope_type"] == "llama3" else ()
+    return Config(vocab_size, rows, layers, heads, kv_heads, width, head_dim,
+                  mlp_width=read.number("intermediate_size"),
+                  max_positions=read.number("max_position_embeddings"),
+                  tied=read.number("tie_word_embeddings", False, bool),
+                  norm_eps=read.number("rms_norm_eps", 1e-6, float),
+                  rope_base=read.number("rope_theta", 1e4, float),
+                  rope_scaling=tuple(scaling),
+                  **family)
 
 
 LORA_ALPHA = 32

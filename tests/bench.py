@@ -1,10 +1,11 @@
 """How fast sampling and updating are, against what the machine can do and against plain code, all in one run:
 
-    python tests/bench.py [--device-type cuda]
+    python tests/bench.py [--device-type cuda] [--transformers]
 
 Random weights, 16 questions of 86 tokens, 16 samples of 64 tokens each that cannot stop early, float32 on a CPU and
-bfloat16 on a GPU. The bound is the matrix products' FLOPs over the rate of a large one, measured here; on a GPU decoding
-is bound by reading weights and cache instead, over the rate of a large copy.
+bfloat16 on a GPU. The bound of a rollout is the matrix products' FLOPs over the rate of a large one, and the bytes of keys
+and values that are read over the rate of a large copy, both measured here; that of an update is its matrix products.
+--transformers times `generate` of that library on the same Llama-shaped weights instead.
 """
 import argparse
 import resource
@@ -36,34 +37,37 @@ def seconds(work: Callable, repeat: int = 3) -> float:
     return statistics.median(once() for _ in range(repeat))
 
 
-def make_model(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
+def make_model(config: gpt.Config, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
     """A model that can sample any token at any place."""
-    heads = width // 64
-    config = gpt.Config(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
     model = gpt.GPT(config, dtype=dtype).init_weights(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 p.normal_(std=0.02)
-    model.to(device).make_rope(device)
-    return model
+    return model.to(device)
+
+
+def nanochat_shape(depth: int, width: int) -> gpt.Config:
+    heads = width // 64
+    return gpt.nanochat_config("current", sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads,
+                               n_embd=width)
 
 
 def endless_tokenizer() -> gpt.Tokenizer:
     """A tokenizer none of whose tokens stops a completion or calls the calculator."""
     tokenizer = chat_rl.byte_tokenizer()
-    tokenizer.bos = tokenizer.assistant_end = tokenizer.python_end = -1
+    tokenizer.stops, tokenizer.call_end = (), -1
     return tokenizer
 
 
 @torch.inference_mode()
 def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> None:
     """The baseline: one question at a time, a few rows each, the prompt's cache copied to every row, all its logits."""
-    device = model.lm_head.weight.device
+    device = model.device
     for prompt in prompts:
         for _ in range(0, N, rows):
             prefix = gpt.prefill(model, [prompt])
-            model.logits(prefix.keys[0].new_zeros(1, len(prompt), model.config.n_embd))
+            model.logits(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
             cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
             logits = model.logits(prefix.hidden).expand(rows, -1)
             for _ in range(NEW):
@@ -80,72 +84,100 @@ def matmul_flops(model: gpt.GPT) -> int:
 
 
 def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
-    model, tokenizer = make_model(depth, width, device, dtype), endless_tokenizer()
-    generator = torch.Generator().manual_seed(0)
+    model, tokenizer = make_model(nanochat_shape(depth, width), device, dtype), endless_tokenizer()
+    generator, policy = torch.Generator().manual_seed(0), gpt.Policy(1.0, 50, model.config.softcap)
+    weights, gradient = gpt.flatten(model)
+    sampler = gpt.Sampler(model, tokenizer)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048
     big = torch.randn(size, size, device=device, dtype=dtype)
-    peak = 2 * size ** 3 / seconds(lambda: big @ big, 10)
-    print(f"\nd{depth}, {width} wide, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-          f"a large matrix product runs at {peak / 1e9:,.0f} GFLOP/s")
+    long = torch.randn(2 ** 26, device=device)
+    peak, copy = 2 * size ** 3 / seconds(lambda: big @ big, 10), 2 * long.nbytes / seconds(lambda: long.clone(), 5)
+    print(f"\nd{depth}, {width} wide, {len(weights) / 1e6:.1f} M parameters; a large matrix product runs at {peak / 1e9:,.0f} "
+          f"GFLOP/s, a large copy at {copy / 1e9:,.1f} GB/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
-        return gpt.generate(model, tokenizer, prompts, samples, new, seed=1)
+        return sampler.generate(prompts, samples, new, policy, seed=1)
 
-    bound, plain = peak / matmul_flops(model), P * N * NEW / seconds(lambda: plain_rollout(model, prompts), 1)
-    rate = P * N * NEW / seconds(rollout)
+    tokens, element = P * N * NEW, torch.finfo(dtype).bits // 8
+    kv = 2 * depth * width * element                                # bytes of a position
+    read = NEW * P * PROMPT * kv + P * N * NEW * NEW / 2 * kv
+    if device.type == "cuda":
+        read += NEW * len(weights) * element
+    bound = tokens / (tokens * matmul_flops(model) / peak + read / copy)
+    plain, rate = tokens / seconds(lambda: plain_rollout(model, prompts), 1), tokens / seconds(rollout)
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
           f"plain {plain:7,.0f} (x{rate / plain:.1f})")
 
-    flags = chat_rl.Flags()
-    completions = rollout()
-    groups = [chat_rl.Group({}, prompt, answers, [], torch.randn(N, generator=generator).tolist())
-              for prompt, answers in zip(prompts, completions)]
-    optimizers, gradient = gpt.make_optimizers(model), chat_rl.gradient_buffer(model)
-    update = seconds(lambda: chat_rl.backward(model, groups, P * N * NEW, flags), 1)
-    step = seconds(lambda: chat_rl.step_optimizers(optimizers, 1e-6))
-    tokens = P * N * NEW
-    print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound / 3:9,.0f} ({tokens / update / bound * 3:.0%})   "
+    groups = [chat_rl.Group(None, prompt, completions, advantages=torch.randn(N, generator=generator).tolist())
+              for prompt, completions in zip(prompts, rollout())]
+    optimizers, bound = gpt.make_optimizers(model), peak / matmul_flops(model) / 3
+    update = seconds(lambda: chat_rl.backward(model, groups, policy, 8), 1)
+    step = seconds(lambda: gpt.step_optimizers(optimizers, 1e-6))
+    print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound:9,.0f} ({tokens / update / bound:.0%})   "
           f"optimizers {step / (tokens / rate + update + step):.1%} of a step")
     gradient.zero_()
 
     print("  samples per question  " + "".join(f"{n:9d}" for n in (4, 8, 16, 32)))
     times = [seconds(lambda: rollout(n, 32), 1) for n in (4, 8, 16, 32)]
     print("  rollout seconds       " + "".join(f"{t:9.2f}" for t in times))
-    kv = 2 * depth * width * (4 if dtype == torch.float32 else 2) / 2 ** 20
-    print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv:.0f} MiB for P·Lp + B·T positions; "
-          f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv:.0f} MiB")
-    tokenizer.assistant_end = VOCAB                                  # now rows stop: half of them after every 8 tokens
+    print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv / 2 ** 20:.0f} MiB for P·Lp + B·T positions; "
+          f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv / 2 ** 20:.0f} MiB")
     for name, halves in (("no row stops", False), ("half of the rows stop every 8 tokens", True)):
-        print(f"  {name:37} {seconds(lambda: stopping_rollout(model, tokenizer, prompts, halves), 1):9.2f} s")
+        print(f"  {name:37} {seconds(lambda: stopping_rollout(sampler, prompts, policy, halves), 1):9.2f} s")
 
 
-def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], halves: bool) -> None:
+def stopping_rollout(sampler: gpt.Sampler, prompts: list[list[int]], policy: gpt.Policy, halves: bool) -> None:
     """A rollout whose rows stop at scripted places: `draw` is told which."""
-    draw, count = gpt.draw, [0]
+    draw, count = sampler.draw, [0]
+    sampler.tokenizer.stops = (VOCAB,)
 
-    def scripted(logits: torch.Tensor, *rest) -> tuple:
-        tokens, logprobs = draw(logits, *rest)
+    def scripted(*args) -> tuple:
+        tokens, *figures = draw(*args)
         count[0] += 1
         if halves and count[0] % 8 == 0:
-            tokens[::2] = tokenizer.assistant_end
-        return tokens, logprobs
+            tokens[::2] = VOCAB
+        return tokens, *figures
 
-    gpt.draw = scripted
+    sampler.draw = scripted
     try:
-        gpt.generate(model, tokenizer, prompts, N, NEW)
+        sampler.generate(prompts, N, NEW, policy)
     finally:
-        gpt.draw = draw
+        sampler.draw, sampler.tokenizer.stops = draw, ()
+
+
+def against_transformers(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    """The same Llama, sampled by both."""
+    import transformers
+    heads = width // 64
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
+    names = {name: ours for ours, name in gpt.huggingface_names(depth).items()}
+    state = {names[name]: x for name, x in theirs.state_dict().items()}
+    mine = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state, device, dtype)
+    sampler, policy = gpt.Sampler(mine, endless_tokenizer()), gpt.Policy(1.0, 50)
+    prompts = torch.randint(VOCAB, (P, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = prompts.repeat_interleave(N, dim=0).to(device)
+    settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)
+    other = seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings), 1)
+    own = seconds(lambda: sampler.generate(prompts.tolist(), N, NEW, policy), 1)
+    tokens = P * N * NEW
+    print(f"{depth} layers, {width} wide: {tokens / own:,.0f} tok/s, transformers.generate {tokens / other:,.0f} (x{other / own:.1f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device-type", default="cpu")
-    device = torch.device(parser.parse_args().device_type)
+    parser.add_argument("--transformers", action="store_true")
+    arguments = parser.parse_args()
+    device, work = torch.device(arguments.device_type), against_transformers if arguments.transformers else measure
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {dtype}")
     for depth, width in ((4, 256), (8, 512)):
-        measure(depth, width, device, dtype)
+        work(depth, width, device, dtype)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
     print(f"\npeak memory {peak / 2 ** 20:,.0f} MiB")
