@@ -203,8 +203,7 @@ def test_a_raw_prompt_is_encoded_with_its_special_tokens(tokenizer, capsys):
 def test_a_raw_prompt_on_hugging_face(capsys):
 
     place = shared("fixtures", "hf", "qwen3")
-    files = files or {path.name: path.read_bytes() for path in place.iterdir() if path.name in gpt.FILES}
-    tokenizer = gpt.ChatTokenizer(files)
+    tokenizer = gpt.ChatTokenizer({path.name: path.read_bytes() for path in place.iterdir() if path.name in gpt.FILES})
     raw = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     example, other = examples_of([{"prompt": raw, "answer": 2}, {"prompt": "<｜User｜>1 + 1?", "answer": 2}], raw_prompt=True)
     ids = chat_rl.prompt_of(example, tokenizer)
@@ -272,12 +271,18 @@ def test_an_evaluation_needs_no_training_questions(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
+@pytest.fixture
+def no_curve(monkeypatch):
+    """Drawing takes longer than all else in a small run."""
+    monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)
+
+
 QUICK = ["--num-samples=2", "--examples-per-step=2", "--eval-samples=2", "--eval-examples=2", "--max-new-tokens=4", "--max-steps=2"]
 MODELS = {"nanochat": ("fixtures", "nanochat", "gsm8k-d4"), "huggingface": ("fixtures", "hf", "qwen3")}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys):
+def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys, no_curve):
     """Two steps and an evaluation from local folders; with a Hugging Face model the default task is gsm8k-boxed, with
     nanochat's it is gsm8k."""
     source, out = shared(*MODELS[kind]), tmp_path / "base" / "chatrl_checkpoints"
@@ -301,7 +306,7 @@ def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys):
         assert meta["flags"]["task"] == (name or {"nanochat": "gsm8k", "huggingface": "gsm8k-boxed"}[kind])
 
 
-def test_several_evaluations_in_one_run(base, tmp_path, capsys):
+def test_several_evaluations_in_one_run(base, tmp_path, capsys, no_curve):
     """Each has its own metrics, a line of the row that is printed, a line in the curve, and its rows in the samples; with
     --eval-examples 0 all questions are asked, but those that are too long, which are counted."""
     long = {"problem": "What is " + "1 + " * 50 + "1?", "answer": "51"}
@@ -335,7 +340,7 @@ def test_the_curve_has_a_line_for_each_evaluation(monkeypatch, tmp_path):
         assert drawn[title] == names
 
 
-def test_the_two_forms_of_jsonl(base, tmp_path, capsys):
+def test_the_two_forms_of_jsonl(base, tmp_path, capsys, no_curve):
     """Raw text with a list of solutions, and messages with a label, by the flags for them; the meta keeps these."""
     raw = [{"prompt": f"<|User|>\nWhat is {i} + 2? <|Assistant|><think>\n", "task": "math", "query_id": str(i),
             "solutions": [rf"\boxed{{{i + 2}}}"]} for i in range(12)]
@@ -388,7 +393,7 @@ def test_advice_after_ten_steps(right, words, every, capsys):
         assert capsys.readouterr().out == ""
 
 
-def test_advice_in_a_run(base, tokenizer, capsys):
+def test_advice_in_a_run(base, tokenizer, capsys, no_curve):
     model, shape = tiny_model(), {"sequence_len": 48, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "fool", 3, model, tokenizer, {"model_config": shape})
     flags = ["--model-tag=fool", "--max-steps=11", "--eval-every=3", "--num-samples=2", "--examples-per-step=2", "--eval-samples=1"]
@@ -396,7 +401,7 @@ def test_advice_in_a_run(base, tokenizer, capsys):
     assert capsys.readouterr().out.count("nothing was right so far") == 1
 
 
-def test_tensorboard_has_the_same_metrics(base):
+def test_tensorboard_has_the_same_metrics(base, no_curve):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert main(base, *SMALL, "--max-steps=2", "--tensorboard") == 0
@@ -410,7 +415,7 @@ def test_tensorboard_has_the_same_metrics(base):
 
 
 def test_without_tensorboard_a_line_asks_for_it(base, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     refused(base, capsys, [*SMALL, "--tensorboard"], "pip install tensorboard")
 
 
@@ -421,14 +426,13 @@ def test_timeouts_are_counted(tokenizer, monkeypatch):
     assert [chat_rl.tally([group], tokenizer.stops)["timeouts"] for _ in range(2)] == [3, 0]
 
 
-def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch):
+def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch, no_curve):
     equal = chat_rl.GRADERS["exact"]
 
     def slow(reference: str, text: str) -> float:
         chat_rl.same_math.timeouts += 1
         return equal(reference, text)
 
-    monkeypatch.setitem(TASKS, "arithmetic", replace(TASKS["arithmetic"], grader=SimpleNamespace(__call__=slow)))
     slow.reads = equal.reads
     monkeypatch.setitem(TASKS, "arithmetic", replace(TASKS["arithmetic"], grader=slow))
     assert main(base, *SMALL, "--max-steps=1", "--eval-samples=3") == 0
@@ -451,7 +455,7 @@ def refused(base: Path, capsys, flags: list[str], *words: str) -> None:
 
 
 BAD_ROWS = {
-    "no key": ({"text": "?", "answer": "1"}, "row 1 of train", "'prompt'", "it has text, answer", "--prompt-key"),
+    "no key": ({"text": "?", "answer": "1"}, "row 1 of train", "'prompt'", "it has answer, text", "--prompt-key"),
     "no answer": ({"prompt": "?", "label": "1"}, "row 1 of train", "'answer'", "prompt, label", "--answer-key"),
     "empty prompt": ({"prompt": "", "answer": "1"}, "row 1 of train", "'prompt'"),
     "empty answer": ({"prompt": "?", "answer": ""}, "row 1 of train", "'answer'"),
