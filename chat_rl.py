@@ -966,7 +966,7 @@ def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
 
 def draw_evaluations(axes: Any, tests: list[dict]) -> None:
     for key in evaluation_keys(tests[-1]) if tests else []:
-        lines = [line for line in tests if line.get(key) is not None and line.get(key + "_error") is not None]
+        lines = [line for line in tests if key in evaluation_keys(line)]
         axes.errorbar([line["step"] for line in lines], [line[key] for line in lines], [line[key + "_error"] for line in lines],
                       label=key, capsize=3, marker="o", markersize=3, linestyle="--" if key.endswith("greedy") else "-")
 
@@ -983,9 +983,9 @@ def shortened(text: str, width: int = 600) -> str:
 def evaluation_keys(metrics: dict) -> list[str]:
     """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy accuracy."""
     names = [key.removesuffix("greedy") for key in metrics if key.endswith("greedy")]
-    powers = 1 if len(names) > 1 else 64
-    return [key for name in names
-            for key in (*(f"{name}pass@{2 ** i}" for i in range(powers) if f"{name}pass@{2 ** i}" in metrics), name + "greedy")]
+    powers = [2 ** i for i in range(1 if len(names) > 1 else 64)]
+    keys = [key for name in names for key in (*(f"{name}pass@{k}" for k in powers), name + "greedy")]
+    return [key for key in keys if metrics.get(key) is not None and metrics.get(key + "_error") is not None]
 
 
 def evaluation_row(metrics: dict) -> str:
@@ -1208,6 +1208,8 @@ def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
     """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A source that
     is gone is not needed any more."""
     step = meta["source"]["step"] if flags.model_step is None else flags.model_step
+    if source and flags.model_step is None and step not in gpt.checkpoint_steps(source):
+        step = None
     try:
         files = gpt.checkpoint_files(source, step) if source else []
     except UserError:

@@ -5,13 +5,15 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, metrics, run
 
 import chat_rl
 
-FLAGS = [*SMALL, "--max-steps=2", "--matrix-lr=1"]
+FLAGS = [*SMALL, "--max-steps=2", "--matrix-lr=1", "--max-new-tokens=3"]
 README = (ROOT / "README.md").read_text()
 SECTION = README.partition("## Change it")[2].partition("\n## ")[0]
 EXPERIMENTS = {title: re.findall(r"```diff\n(.*?)```", part, re.S)
@@ -29,9 +31,9 @@ def apply(diffs: list[str], text: str) -> str:
     return text
 
 
-def test_there_are_five_experiments():
-    """README shows another reward, z-scored advantages, a length penalty, a new task and a KL penalty."""
-    assert len(EXPERIMENTS) == 5 and all(EXPERIMENTS.values())
+def test_there_are_six_experiments():
+    """README shows another reward, z-scored advantages, two penalties of length, a new task and a KL penalty."""
+    assert len(EXPERIMENTS) == 6 and all(EXPERIMENTS.values())
 
 
 def norms(base: Path) -> list[float]:
@@ -54,21 +56,37 @@ def test_experiment_runs(title, base, tmp_path, plain_norms):
     shutil.copy(ROOT / "gpt.py", script.parent)
     script.write_text(apply(EXPERIMENTS[title], (ROOT / "chat_rl.py").read_text()))
     if title == "A new task":
-        data = tmp_path / "data"
+        data = base / "my_folder"
         data.mkdir()
         for split in ("train", "test"):
-            rows = [{"question": f"What is {i} + {i + 1}?", "answer": f"So\n{2 * i + 1}"} for i in range(10, 30)]
+            rows = [{"instruction": f"What is {i} + {i + 1}?", "output": f"So\n#### {2 * i + 1}"} for i in range(10, 30)]
             (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        run(base, *FLAGS, "--task=match", f"--data={data}", script=script)
+        run(base, *FLAGS, "--task=mine", script=script)
         assert len(norms(base)) == 2
     else:
         run(base, *FLAGS, script=script)
         assert len(norms(base)) == 2 and norms(base) != plain_norms
 
 
-def test_new_task_is_short():
-    """A task takes under 25 lines."""
-    assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) < 25
+def test_kl_penalty_has_the_gradient_of_the_divergence():
+    """Over one token, the expected gradient of d²/2 is that of KL(π‖π₀); that of e^−d + d − 1 is the other divergence's."""
+    generator = torch.Generator().manual_seed(0)
+    start, theta = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    theta.requires_grad_()
+
+    def gradient(value: Callable) -> torch.Tensor:
+        return torch.autograd.grad(value(theta.log_softmax(0), start.log_softmax(0)), theta)[0]
+
+    sampled = theta.detach().softmax(0)                 # what is expected is over these
+    mine = gradient(lambda p, q: (sampled * (p - q) ** 2 / 2).sum())
+    other = gradient(lambda p, q: (sampled * ((q - p).exp() - 1 - (q - p))).sum())
+    torch.testing.assert_close(mine, gradient(lambda p, q: (p.exp() * (p - q)).sum()))
+    torch.testing.assert_close(other, gradient(lambda p, q: (q.exp() * (q - p)).sum()))
+
+
+def test_new_task_is_a_row():
+    """A task takes a line."""
+    assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) == 1
 
 
 def test_every_flag_is_in_the_table():
