@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, metrics, run
 
 import chat_rl
 
-FLAGS = [*SMALL, "--max-steps=2", "--matrix-lr=1", "--max-new-tokens=3"]
+FLAGS = [*SMALL, "--max-steps=2", "--matrix-lr=1", "--max-new-tokens=4"]
 README = (ROOT / "README.md").read_text()
 SECTION = README.partition("## Change it")[2].partition("\n## ")[0]
 EXPERIMENTS = {title: re.findall(r"```diff\n(.*?)```", part, re.S)
