@@ -1,15 +1,14 @@
 """Tasks: where questions come from, what is put around them, and what a run on them says, writes and refuses."""
 import json
-import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHARED, SMALL, chat, metrics, tiny_model
+from conftest import SHAPE, SHARED, SMALL, chat, metrics, tiny_model
 from test_run import datasets_cache, main  # noqa: F401
 
 import chat_rl
@@ -62,9 +61,10 @@ def asked(example: Example) -> list[tuple[str, str]]:
 # The rows of the table
 
 
-@pytest.mark.parametrize("name, suffix", [("gsm8k", ""), ("gsm8k-boxed", BOX_NUMBER), ("math", BOX_MATH), ("think", ""), ("jsonl", "")])
+@pytest.mark.parametrize("name, suffix", [
+    ("gsm8k", ""), ("gsm8k-boxed", BOX_NUMBER), ("math", BOX_MATH), ("think", ""), ("jsonl", "")])
 def test_each_task_asks_as_the_table_says(tmp_path, name, suffix):
-    """Question, suffix (its braces as they are) and system text; the train split in the file's order, the test split whole."""
+    """Question, suffix (its braces as they are) and system text; the train split in its order, the test split whole."""
     rows, key = ROWS[name], {"math": "problem", "jsonl": "prompt"}.get(name, "question")
     train, tests = load(name, folder(tmp_path, rows[:9], rows[9:]))
     system = [("system", TASKS[name].system)] if name == "think" else []
@@ -77,24 +77,26 @@ def test_each_task_asks_as_the_table_says(tmp_path, name, suffix):
 
 def test_the_system_text_of_think_says_what_is_scored():
     text = TASKS["think"].system
-    assert all(tag in text for tag in ("<think>", "</think>", "<answer>", "</answer>")) and "Only" in text and "scored" in text
+    assert all(word in text for word in ("<think>", "</think>", "<answer>", "</answer>", "Only", "scored"))
 
 
 def test_arithmetic_is_made_here():
     train, tests = load("arithmetic")
     assert len(train) > 9000 and len(tests[""]) == 400
-    assert all(eval(re.search(r"\d+ \+ \d+", str(x))[0].replace(" 0", " 0")) == int(x.references[0]) for x in train[::500])
+    assert all(sum(map(int, re.findall(r"\d+", str(x)))) == int(x.references[0]) for x in train)
 
 
-@pytest.mark.parametrize("name, part, count", [("gsm8k", "gsm8k", 1319), ("gsm8k-boxed", "gsm8k", 1319), ("think", "gsm8k", 1319),
-                                               ("math", "math500", 500), ("aime", "aime24", 30)])
+@pytest.mark.parametrize("name, part, count", [
+    ("gsm8k", "gsm8k", 1319), ("gsm8k-boxed", "gsm8k", 1319), ("think", "gsm8k", 1319), ("math", "math500", 500),
+    ("aime", "aime24", 30)])
 def test_the_real_data_load_from_local_folders(name, part, count, capsys):
     """Every row has a reference that the task's grader reads."""
     place = str(shared("data", part))
     _, tests = load(name, eval_data=place, max_steps=0)
     assert len(tests[""]) == count and capsys.readouterr().out == ""
     example = tests[""][0]
-    assert example.task.grader(example.references[0], example.references[0]) == (name not in ("gsm8k-boxed", "think", "aime"))
+    marked = name in ("gsm8k", "math")              # what the solution ends with is what the task asks for
+    assert example.task.grader(example.references[0], example.references[0]) == marked
 
 
 def test_gsm8k_has_nanochats_test_order():
@@ -102,29 +104,31 @@ def test_gsm8k_has_nanochats_test_order():
     import datasets
     place = shared("data", "gsm8k")
     train, tests = load("gsm8k", place)
-    order = datasets.load_dataset("json", data_files=str(place / "test.jsonl"), split="train").shuffle(seed=42)["question"]
-    assert len(train) == 7473 and [str(x) for x in tests[""]] == list(order)
+    order = datasets.load_dataset("json", data_files=str(place / "test.jsonl"), split="train").shuffle(seed=42)
+    assert len(train) == 7473 and [str(x) for x in tests[""]] == list(order["question"])
 
 
 def test_math_is_all_subjects_less_math_500(monkeypatch):
     """12,500 problems of seven subjects, train and test, without the 500 that are tested."""
     def fake(place: str, config: str | None = None) -> dict:
         if place == "HuggingFaceH4/MATH-500":
-            return {"test": [{"problem": "algebra test 1", "solution": "1"}, {"problem": "geometry train 0", "solution": "2"}]}
+            return {"test": [{"problem": problem, "solution": "1"} for problem in ("algebra test 1", "geometry train 0")]}
         assert place == "EleutherAI/hendrycks_math"
-        return {split: [{"problem": f"{config} {split} {i}", "solution": "3"} for i in range(3)] for split in ("train", "test")}
+        return {split: [{"problem": f"{config} {split} {i}", "solution": "3"} for i in range(3)]
+                for split in ("train", "test")}
 
     monkeypatch.setattr(chat_rl, "load_rows", fake)
     train, tests = load("math")
     problems = {str(x).removesuffix(BOX_MATH) for x in train}
     assert len(problems) == 40 and not problems & {"algebra test 1", "geometry train 0"} and len(tests[""]) == 2
     assert {problem.split()[0] for problem in problems} == {
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus"}
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus"}
 
 
 def test_aime_is_for_evaluation_only(monkeypatch):
     """It comes from the hub as a single split, and has no training questions."""
-    monkeypatch.setattr(chat_rl, "load_rows", lambda place, config=None: {"train": AIME} if place == "HuggingFaceH4/aime_2024" else 0)
+    monkeypatch.setattr(chat_rl, "load_rows", lambda place, config=None: {"HuggingFaceH4/aime_2024": {"train": AIME}}[place])
     train, tests = load("aime", max_steps=0)
     assert train == [] and len(tests[""]) == 12
     with pytest.raises(gpt.UserError, match="aime has no training questions: pass --data"):
@@ -140,8 +144,8 @@ def test_flags_override_a_row(tmp_path):
     place = folder(tmp_path / "data", [{"q": "Why {x}?", "a": 5, "question": "no", "answer": "no"}] * 3)
     shots = tmp_path / "shots.json"
     shots.write_text(json.dumps(SHOTS))
-    train, tests = load("think", place, eval_data=str(place), prompt_key="q", answer_key="a", system="Be brief.", suffix=r" \boxed{}",
-                        prefill="<think>\n", few_shot=str(shots), grader="exact")
+    train, tests = load("think", place, eval_data=str(place), prompt_key="q", answer_key="a", system="Be brief.",
+                        suffix=r" \boxed{}", prefill="<think>\n", few_shot=str(shots), grader="exact")
     assert [asked(x) for x in train + tests[""]] == [[
         ("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "#### 2"), ("user", r"Why {x}? \boxed{}")]] * 6
     task = train[0].task
@@ -155,19 +159,22 @@ def test_prefill_begins_the_reply(tokenizer):
     rows = [{"prompt": "1 + 1?", "answer": "2"}]
     plain, begun = (examples_of(rows, prefill=prefill)[0] for prefill in ("", r"It is \boxed{"))
     ids = chat_rl.prompt_of(plain, tokenizer)
-    assert ids[-1] == tokenizer.assistant_start and chat_rl.prompt_of(begun, tokenizer) == ids + tokenizer.encode(r"It is \boxed{")
+    assert ids[-1] == tokenizer.assistant_start
+    assert chat_rl.prompt_of(begun, tokenizer) == ids + tokenizer.encode(r"It is \boxed{")
     assert score(tokenizer, begun, "2}") == 1 and score(tokenizer, plain, "2}") == 0
 
 
 def score(tokenizer: gpt.Tokenizer, example: Example, text: str) -> float:
     """What the reply scores, by way of `grade`."""
     tokens = [*tokenizer.encode(text), tokenizer.stops[0]]
-    group = Group(example, chat_rl.prompt_of(example, tokenizer), [gpt.Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))])
+    completion = gpt.Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
+    group = Group(example, chat_rl.prompt_of(example, tokenizer), [completion])
     chat_rl.grade(SimpleNamespace(tokenizer=tokenizer), [group])
     return group.scores[0]
 
 
-@pytest.mark.parametrize("question, prefill", [("A<think>\n", ""), ("A", "<think>\n"), ("A<think>\n", "So, "), ("A", "<think> So, ")])
+@pytest.mark.parametrize("question, prefill", [
+    ("A<think>\n", ""), ("A", "<think>\n"), ("A<think>\n", "So, "), ("A", "<think> So, ")])
 def test_a_think_that_the_prompt_has_opened_counts(tokenizer, question, prefill):
     """An answer inside it is none, one after it is."""
     fields = dict(grader=chat_rl.GRADERS["tagged-number"], raw_prompt=True, prefill=prefill)
@@ -195,7 +202,8 @@ def test_a_raw_prompt_is_encoded_with_its_special_tokens(tokenizer, capsys):
     chat_rl.warn_of_markers([example, other], tokenizer)
     assert capsys.readouterr().out == ""
     chat_rl.warn_of_markers([other, example], tokenizer)
-    assert re.fullmatch(r"warning: --raw-prompt, but none of the model's own markers is in .*<\|User\|>1 \+ 1\?\n", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"warning: --raw-prompt, but none of the model's own markers is in .*<\|User\|>1 \+ 1\?\n", said)
     chat_rl.warn_of_markers(examples_of([{"prompt": "<|User|>1 + 1?", "answer": 2}]), tokenizer)
     assert capsys.readouterr().out == ""
 
@@ -214,8 +222,8 @@ def test_a_raw_prompt_on_hugging_face(capsys):
 
 @pytest.mark.parametrize("value, right, wrong", [
     ("12", r"\boxed{12}", r"\boxed{13}"), (12, r"\boxed{12}", "12"), (2.5, r"\boxed{\frac{5}{2}}", r"\boxed{2}"),
-    (0, r"\boxed{0}", r"\boxed{1}"), ([r"\boxed{7}", "8"], r"\boxed{8}", r"\boxed{78}"), ([r"\boxed{7}", "8"], r"\boxed{7}", r"\boxed{9}"),
-    ([" ", "8"], r"\boxed{8}", r"\boxed{ }")])
+    (0, r"\boxed{0}", r"\boxed{1}"), ([r"\boxed{7}", "8"], r"\boxed{8}", r"\boxed{78}"),
+    ([r"\boxed{7}", "8"], r"\boxed{7}", r"\boxed{9}"), ([" ", "8"], r"\boxed{8}", r"\boxed{ }")])
 def test_an_answer_is_a_text_a_number_or_several(tokenizer, value, right, wrong):
     example, = examples_of([{"prompt": "?", "answer": value}])
     assert (score(tokenizer, example, right), score(tokenizer, example, wrong)) == (1, 0)
@@ -277,7 +285,8 @@ def no_curve(monkeypatch):
     monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)
 
 
-QUICK = ["--num-samples=2", "--examples-per-step=2", "--eval-samples=2", "--eval-examples=2", "--max-new-tokens=4", "--max-steps=2"]
+QUICK = ["--num-samples=2", "--examples-per-step=2", "--eval-samples=2", "--eval-examples=2", "--max-new-tokens=4",
+         "--max-steps=2"]
 MODELS = {"nanochat": ("fixtures", "nanochat", "gsm8k-d4"), "huggingface": ("fixtures", "hf", "qwen3")}
 
 
@@ -291,10 +300,12 @@ def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys, no_curve
     tag = "d4" if kind == "nanochat" else "qwen3"
     model = [] if kind == "nanochat" else [f"--model-tag={source}"]
     for name, rows in {None: GSM8K, **ROWS, "arithmetic": [], "aime": AIME}.items():
-        data = [f"--data={folder(tmp_path / f'{name}', rows[:9], rows[9:])}"] if rows else []
+        flags = [f"--data={folder(tmp_path / f'{name}', rows[:9], rows[9:])}"] if rows else []
         if name == "aime":
-            data = [f"--eval-data={write(tmp_path / 'aime.jsonl', AIME)}", "--max-steps=0"]
-        assert main(tmp_path / "base", *QUICK, *model, *(name and [f"--task={name}"] or []), *data) == 0, capsys.readouterr().err
+            flags = [f"--eval-data={write(tmp_path / 'aime.jsonl', AIME)}", "--max-steps=0"]
+        if name:
+            flags.append(f"--task={name}")
+        assert main(tmp_path / "base", *QUICK, *model, *flags) == 0, capsys.readouterr().err
         if name == "aime":
             line, = metrics(tmp_path / "base", f"evaluations/{tag}")
             assert 0 <= line["pass@1"] <= line["pass@2"] <= 1
@@ -317,7 +328,8 @@ def test_several_evaluations_in_one_run(base, tmp_path, capsys, no_curve):
     assert "1 of 13 aime questions are longer than 122 tokens and left out" in said
     assert re.search(r"step 0/1  aime/pass@1 .*  aime/greedy .*  mine/pass@1 .*  mine/greedy ", said)
     first, step, last = metrics(base)
-    names = [f"{name}/{key}{error}" for name in places for key in ("pass@1", "pass@2", "greedy") for error in ("", "_error")]
+    names = [f"{name}/{key}{error}" for name in places for key in ("pass@1", "pass@2", "greedy")
+             for error in ("", "_error")]
     assert set(names) <= first.keys() == last.keys() and not {"pass@1", "greedy"} & first.keys()
     out = base / "chatrl_checkpoints" / "adder"
     rows = [json.loads(line) for line in (out / "samples_000000.jsonl").read_text().splitlines()]
@@ -369,13 +381,15 @@ def test_a_right_and_a_wrong_completion_are_shown(tokenizer, tmp_path, capsys):
         texts = [f"{i} says {score}" for score in scores]
         completions = [gpt.Completion([*tokenizer.encode(text), tokenizer.stops[0]], [], []) for text in texts]
         groups.append(Group(example, [], completions, scores, scores))
-    chat_rl.Log.write_samples(SimpleNamespace(out=tmp_path, wandb=None), 3, {"": groups[:2], "more": groups[2:]}, tokenizer)
-    assert capsys.readouterr().out.split() == "question question 2 reference reference 2 right 2 says 1 wrong 2 says 0".split()
-    chat_rl.Log.write_samples(SimpleNamespace(out=tmp_path, wandb=None), 3, {"": groups[1:2]}, tokenizer)
-    assert capsys.readouterr().out.split() == "question question 1 reference reference 1 wrong 1 says 0".split()
+    for part, lines in (({"": groups[:2], "more": groups[2:]}, ["question", "reference", "right", "wrong"]),
+                        ({"": groups[1:2]}, ["question", "reference", "wrong"])):
+        chat_rl.Log.write_samples(SimpleNamespace(out=tmp_path, wandb=None), 3, part, tokenizer)
+        i, said = len(lines) - 2, dict(question="question {}", reference="reference {}", right="{} says 1", wrong="{} says 0")
+        assert capsys.readouterr().out.split() == " ".join(f"{key} {said[key].format(i)}" for key in lines).split()
 
 
-@pytest.mark.parametrize("right, words", [(False, ["--few-shot", "--num-samples", "easier task", "SFT"]), (True, ["harder task"])])
+@pytest.mark.parametrize("right, words", [
+    (False, ["--few-shot", "--num-samples", "easier task", "SFT"]), (True, ["harder task"])])
 @pytest.mark.parametrize("every", [4, 9, 60])
 def test_advice_after_ten_steps(right, words, every, capsys):
     """One line, once, whenever the evaluations come; nothing where one thing was otherwise."""
@@ -394,9 +408,9 @@ def test_advice_after_ten_steps(right, words, every, capsys):
 
 
 def test_advice_in_a_run(base, tokenizer, capsys, no_curve):
-    model, shape = tiny_model(), {"sequence_len": 48, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    gpt.save_checkpoint(base / "chatsft_checkpoints" / "fool", 3, model, tokenizer, {"model_config": shape})
-    flags = ["--model-tag=fool", "--max-steps=11", "--eval-every=3", "--num-samples=2", "--examples-per-step=2", "--eval-samples=1"]
+    gpt.save_checkpoint(base / "chatsft_checkpoints" / "fool", 3, tiny_model(), tokenizer, {"model_config": SHAPE})
+    flags = ["--model-tag=fool", "--max-steps=11", "--eval-every=3", "--num-samples=2", "--examples-per-step=2",
+             "--eval-samples=1"]
     assert main(base, *SMALL, *flags) == 0
     assert capsys.readouterr().out.count("nothing was right so far") == 1
 
