@@ -6,10 +6,10 @@
 Each step asks a few questions, samples a group of completions to each, rewards each, and takes one step uphill:
 
     advantage = reward − mean reward of the completion's group
-    loss      = −Σ advantage · π(token) / π_sampled(token) / number of sampled tokens in the step,   over the sampled tokens
+    loss      = −Σ advantage · π(token) / π_sampled(token) / number of tokens,   over the sampled tokens of the step
 
-Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean for a
-baseline, or what is left of GRPO (Shao et al. 2024) when
+Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean
+for a baseline, or what is left of GRPO (Shao et al. 2024) when
  1. every rollout is used once, by the policy that sampled it (--updates-per-rollout and --clip change that),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
@@ -74,8 +74,8 @@ class Flags:
                             choices=("", "cuda", "mps", "cpu"), resumable=True)
     dtype: str = flag("", "of the arithmetic (default: bfloat16 where the GPU has it, else float32)",
                       choices=("", "bfloat16", "float32"))
-    model_tag: str | None = flag(None, "nanochat tag such as d20, model folder (nanochat's or Hugging Face's), or hub name "
-                                 "(default: largest d<N>)", resumable=True)
+    model_tag: str | None = flag(None, "nanochat tag such as d20, folder (nanochat's or Hugging Face's) or hub name "
+                                 "(default: the largest d<N>)", resumable=True)
     model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", low=0, resumable=True)
     chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
     chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
@@ -87,7 +87,7 @@ class Flags:
     eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place "
                                  "(default: the test split of --data)", resumable=True)
     prompt_key: str | None = flag(None, "column with the question: text or a list of messages (default: the task's)")
-    answer_key: str | None = flag(None, "column with the reference: text, a number, or a list of texts (default: the task's)")
+    answer_key: str | None = flag(None, "column with the reference: text, number, or list of texts (default: the task's)")
     system: str | None = flag(None, "system text before each question (default: the task's)")
     suffix: str | None = flag(None, "text after each question (default: the task's)")
     prefill: str | None = flag(None, "beginning of each reply (default: the task's)")
@@ -169,9 +169,9 @@ def advantages_of(rewards: list[float]) -> list[float]:
 
 
 def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, clip: tuple[float, ...] = ()) -> Tensor:
-    """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that sampled it,
-    and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high, is PPO's (Schulman
-    et al. 2017). The division by the number of tokens comes later."""
+    """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that
+    sampled it, and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high,
+    is PPO's (Schulman et al. 2017). The division by the number of tokens comes later."""
     ratio = (logprobs - sampled_logprobs).exp()
     gain = advantages * ratio
     if clip:
@@ -296,12 +296,12 @@ def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
 
 
 def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> Tensor:
-    """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `size` rows at once. Completions
-    without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled (M,) of the tokens that
-    were learned from, π being the policy now.
+    """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `size` rows at once.
+    Completions without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled (M,)
+    of the tokens that were learned from, π being the policy now.
 
-    A question runs forward once and backward once, whatever the batch: its completions read copies of what it left in the
-    cache, and the gradients that they leave there are sent back through it in the end.
+    A question runs forward once and backward once, whatever the batch: its completions read copies of what it left
+    in the cache, and the gradients that they leave there are sent back through it in the end.
     """
     log_ratios = [torch.zeros(0, device=model.device)]
     for part in batched([group for group in groups if group.lessons()], size):
@@ -322,9 +322,9 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
 
 
 def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list[tuple[list[Group], float]]:
-    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part this
-    rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are shared among
-    the parts, so that a single one is normalised by all tokens of the step."""
+    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part
+    this rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are
+    shared among the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
     tokens = dict.fromkeys(range(size), 0.0)
@@ -337,8 +337,8 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
 
 
 def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float:
-    """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all take over.
-    Returns the norm of the gradient; where it is not finite no step is made."""
+    """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all
+    take over. Returns the norm of the gradient; where it is not finite no step is made."""
     ranks.reduce(learner.gradient)
     norm = learner.gradient.div_(num_tokens).norm().item() if ranks.rank == 0 else 0.0
     norm = ranks.sum({"norm": norm})["norm"]
@@ -504,8 +504,8 @@ def last_box(text: str) -> str:
 
 
 def last_answer(text: str) -> str:
-    """What stands in the last closed <answer>; "" where there is none, or an <answer> stands in a <think>. The prompt has
-    opened a <think> where </think> comes first."""
+    """What stands in the last closed <answer>; "" where there is none, or an <answer> stands in a <think>. The
+    prompt has opened a <think> where </think> comes first."""
     opened = "</think>" in text.partition("<think>")[0]
     thoughts = re.findall(r"<think>(.*?)(?:</think>|\Z)", "<think>" * opened + text, re.DOTALL)
     answers = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
@@ -513,8 +513,8 @@ def last_answer(text: str) -> str:
 
 
 def unwrapped(reference: str) -> str:
-    """A reference without the working that leads to it: what follows its last ####, and there what stands in its last box, if
-    it has these."""
+    """A reference without the working that leads to it: what follows its last ####, and there what stands in its
+    last box, if it has these."""
     tail = reference.rpartition("####")[2]
     return last_box(tail) if r"\boxed" in tail else " ".join(tail.split())
 
@@ -529,7 +529,8 @@ def leading_number(text: str) -> Decimal | None:
 
 
 def only_number(text: str) -> Decimal | None:
-    r"""The number that a text begins with where no other follows: of '1{,}000', '\$1000' and '1000\%', but not of '3/4'."""
+    r"""The number that a text begins with where no other follows: of '1{,}000', '\$1000' and '1000\%', but not of
+    '3/4'."""
     plain = re.sub(r"\\[,!$]|[{},$]", "", text)
     found = NUMBER.match(plain)
     return Decimal(found[1]) if found and not re.search(r"\d", plain[found.end() :]) else None
@@ -562,8 +563,8 @@ def small(latex: str) -> str | None:
 
 
 def serve() -> None:
-    """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they are equal.
-    It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
+    """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
+    are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
     import json, logging, signal, sys
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -603,8 +604,8 @@ def start_server() -> subprocess.Popen:
 
 @functools.lru_cache(10_000)
 def same_math(reference: str, answer: str) -> bool:
-    """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take too long
-    are not, and counted in same_math.timeouts."""
+    """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take
+    too long are not, and counted in same_math.timeouts."""
     if reference == answer or (reference + answer).isdecimal():
         return reference.lstrip("0") == answer.lstrip("0")
     server = IDLE.pop() if IDLE and IDLE[-1].poll() is None else start_server()
@@ -728,8 +729,8 @@ TASKS = {
 
 
 def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
-    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42) order as
-    nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
+    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42)
+    order as nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
     import datasets
 
     try:
@@ -752,8 +753,8 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
 
 
 def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
-    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said. Raises
-    UserError where a row lacks a column or holds what is no question, or none is left."""
+    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said.
+    Raises UserError where a row lacks a column or holds what is no question, or none is left."""
     examples, unread = [], []
     for i, row in enumerate(rows):
         place = f"row {row.get('row', i)} of {where}"
@@ -772,7 +773,8 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
             unread.append(place)
     if unread:
         say(
-            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the first in {unread[0]}"
+            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, "
+            f"the first in {unread[0]}"
         )
     if not examples:
         raise UserError(
@@ -925,7 +927,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Log:
-    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; TensorBoard and W&B under the same names."""
+    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; TensorBoard and W&B under the same
+    names."""
 
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
@@ -981,8 +984,8 @@ class Log:
                 self.tensorboard.add_scalar(key, value, metrics["step"])
 
     def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
-        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest question
-        that has both."""
+        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest
+        question that has both."""
         rows = [
             {
                 "data": name,
@@ -1105,7 +1108,8 @@ def shortened(text: str, width: int = 600) -> str:
 
 
 def evaluation_keys(metrics: dict) -> list[str]:
-    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy accuracy."""
+    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
+    accuracy."""
     names = [key.removesuffix("greedy") for key in metrics if key.endswith("greedy")]
     powers = [2**i for i in range(1 if len(names) > 1 else 64)]
     keys = [key for name in names for key in (*(f"{name}pass@{k}" for k in powers), name + "greedy")]
@@ -1158,9 +1162,9 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
 def teach(
     model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, max_steps: int = 1000
 ) -> int:
-    """Supervised learning of the references, `size` questions a step, until the model's own completions score `goal`. It is
-    the update of RL, with one completion per question and the whole softmax for a policy. Returns the number of steps.
-    """
+    """Supervised learning of the references, `size` questions a step, until the model's own completions score
+    `goal`. It is the update of RL, with one completion per question and the whole softmax for a policy. Returns the
+    number of steps."""
     _, gradient = gpt.flatten(model)
     optimizers, sampler = gpt.make_optimizers(model), Sampler(model, tokenizer)
     policy, generator = Policy(1.0, 0, model.config.softcap), torch.Generator().manual_seed(0)
@@ -1267,7 +1271,8 @@ def parse_flags(argv: list[str]) -> dict:
 
 
 def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
-    """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub name."""
+    """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub
+    name."""
     folder = base / "chatsft_checkpoints"
     tags = sorted(path.parent.name for path in folder.glob("*/model_*.pt"))
     if tag is None:
@@ -1293,8 +1298,8 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
 
 
 def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
-    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen weights
-    of adapters come from the run's source; without one `tag` is a hub name."""
+    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen
+    weights of adapters come from the run's source; without one `tag` is a hub name."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
@@ -1319,8 +1324,8 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
 
 
 def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.device) -> Flags:
-    """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError where one is
-    given that would make it another run."""
+    """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError
+    where one is given that would make it another run."""
     preset = dict(PRESETS[kind])
     if given.get("lora_rank"):
         preset |= PRESETS["lora"]
@@ -1348,7 +1353,8 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
 
 
 def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple:
-    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises UserError."""
+    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises
+    UserError."""
     there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
     if not there and source == base / "chatsft_checkpoints" / "starter":
         say(
@@ -1375,8 +1381,8 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
 
 
 def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
-    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A source that
-    is gone is not needed any more."""
+    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A
+    source that is gone is not needed any more."""
     step = meta["source"]["step"] if flags.model_step is None else flags.model_step
     if source and flags.model_step is None and step not in gpt.checkpoint_steps(source):
         step = None
@@ -1487,8 +1493,8 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
 
 
 def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
-    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError, before
-    anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
+    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
+    before anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
@@ -1507,13 +1513,15 @@ def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
     prompt = examples[0].prompt
     if isinstance(prompt, str) and not tokenizer.markers & set(tokenizer.encode_raw(prompt)):
         say(
-            f"warning: --raw-prompt, but none of the model's own markers is in the first question: {shortened(prompt, 80)}"
+            "warning: --raw-prompt, but none of the model's own markers is in the first question: "
+            + shortened(prompt, 80)
         )
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's folder, until this process is done or dead. Raises UserError where another is in it."""
+    """Keeps other runs out of a run's folder, until this process is done or dead. Raises UserError where another is
+    in it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(out.with_name(f".{out.name}.lock"), "w")
@@ -1572,7 +1580,8 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
 
 
 def save(run: Run, learner: Learner) -> None:
-    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk refuses."""
+    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk
+    refuses."""
     model = learner.model
     learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     masters = {
@@ -1621,7 +1630,8 @@ def advise(lines: list[dict]) -> None:
 
 
 def train(run: Run, learner: Learner, ranks: Ranks) -> None:
-    """Evaluates, steps, logs and saves, to the end or until a rank is told to stop: then with the last whole step saved."""
+    """Evaluates, steps, logs and saves, to the end or until a rank is told to stop: then with the last whole step
+    saved."""
     flags = run.flags
     log = Log(run) if ranks.rank == 0 else None
     saved, failures, spent, first = run.step, 0, 0.0, run.step

@@ -201,7 +201,8 @@ class Cache:
 
     `Cache()` is empty. `Cache(prefix)` has one row per entry of the prefix; either takes one forward, which may be
     differentiated. `Cache(prefix, N, capacity)`, to decode with, has N rows for each entry, in order, and room for
-    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens, `size`.
+    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens,
+    `size`.
     """
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
@@ -381,8 +382,8 @@ def nanochat_config(
     window_pattern: str = "L",
     vocab_rows: int | None = None,
 ) -> Config:
-    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are padded to
-    a multiple of 64 rows unless `vocab_rows` says otherwise."""
+    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are
+    padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
     windows = ()
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
@@ -478,8 +479,8 @@ LORA_ALPHA = 32
 
 
 class Linear(nn.Linear):
-    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al. 2021):
-    W + α / rank · B·A, of which W is frozen."""
+    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al.
+    2021): W + α / rank · B·A, of which W is frozen."""
 
     def __init__(self, width: int, height: int, bias: bool = False, rank: int = 0):
         super().__init__(width, height, bias)
@@ -590,7 +591,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are nanochat's."""
+    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are
+    nanochat's."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -725,8 +727,8 @@ def evaluate(node: ast.AST) -> int | float:
 
 
 def calculate(expression: str) -> str | None:
-    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has nothing
-    to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
+    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
+    nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
     arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
     counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
@@ -748,8 +750,9 @@ def calculate(expression: str) -> str | None:
 class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
-    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the `files`
-    that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none).
+    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the
+    `files` that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers
+    (−1: none).
     """
 
     SPECIAL = (
@@ -785,8 +788,8 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def render(self, messages: list[dict]) -> list[int]:
-        """The chat up to where the assistant begins to speak. Messages have a role (system, which may come first, user,
-        assistant) and a content; a system text stands at the head of the first user turn."""
+        """The chat up to where the assistant begins to speak. Messages have a role (system, which may come first,
+        user, assistant) and a content; a system text stands at the head of the first user turn."""
         if messages[0]["role"] == "system":
             system, first, *rest = messages
             messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
@@ -798,8 +801,8 @@ class Tokenizer:
         return [*ids, self.assistant_start]
 
     def answer_call(self, ids: list[int]) -> list[int]:
-        """What is forced after a completion's call, which its last token has closed: the value of what stands between the
-        last python_start and this python_end. Empty where there is no call or no value."""
+        """What is forced after a completion's call, which its last token has closed: the value of what stands
+        between the last python_start and this python_end. Empty where there is no call or no value."""
         body = ids[:-1]
         start = max(
             (i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None
@@ -956,16 +959,16 @@ class Policy:
         return softcap(logits, self.softcap) / self.temperature
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and their
-        token ids (..., k). With top_k 0 all V of them, in the order of their ids (None)."""
+        """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and
+        their token ids (..., k). With top_k 0 all V of them, in the order of their ids (None)."""
         if not self.top_k:
             return self.scores(logits), None
         values, ids = logits.topk(min(self.top_k, logits.size(-1)))  # a softcap keeps the order
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,), their
-        logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
+        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,),
+        their logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
@@ -1054,7 +1057,8 @@ class Transcript:
         return torch.where(forced >= 0, forced, tokens), figures.masked_fill(forced >= 0, 0.0)
 
     def write(self, t: int, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have ended."""
+        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have
+        ended."""
         self.tokens[rows, t] = tokens
         self.lengths[rows] = t + 1
         for row in rows[tokens == self.tokenizer.call_end]:
@@ -1112,10 +1116,10 @@ class Sampler:
     ) -> list[list[Completion]]:
         """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
 
-        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
-        places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
-        `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past the
-        model's last position.
+        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by
+        their places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced
+        ones included. `progress` is told after each position how many have ended. All prompts run as one batch.
+        Raises ValueError past the model's last position.
         """
         longest, reach = max(map(len, prompts)) + max_new_tokens, self.model.config.max_positions
         if longest > reach:
@@ -1285,8 +1289,8 @@ def find_step(directory: Path, step: int | None) -> int:
 
 
 def huggingface_folder(directory: Path, step: int | None) -> Path | None:
-    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None where the
-    checkpoint is nanochat's."""
+    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None
+    where the checkpoint is nanochat's."""
     if (directory / "config.json").exists():
         return directory
     folder = directory / f"{find_step(directory, step):06d}"
@@ -1309,10 +1313,10 @@ def load_checkpoint(
     lora_rank: int = 0,
     template: str | None = None,
 ) -> tuple[GPT, Any, dict]:
-    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one), from one
-    in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in `sha256`.
-    Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the file, on whatever
-    is missing, broken or foreign."""
+    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
+    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
+    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
+    file, on whatever is missing, broken or foreign."""
     directory = Path(directory)
     folder = huggingface_folder(directory, step)
     meta = {} if folder == directory else load_meta(directory / f"meta_{find_step(directory, step):06d}.json")
@@ -1395,7 +1399,8 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index names."""
+    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index
+    names."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -1410,8 +1415,8 @@ def weight_paths(folder: Path) -> list[Path]:
 def load_huggingface(
     folder: Path, digests: dict[str, str], device: str | torch.device, template: str | None = None
 ) -> tuple[Config, dict, ChatTokenizer]:
-    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own, quoted)
-    and tokenizer."""
+    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
+    quoted) and tokenizer."""
     files = {path.name: read_file(path, digests)[:] for path in (folder / name for name in FILES) if path.exists()}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
@@ -1507,8 +1512,8 @@ Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensor
 
 
 def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
-    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit` bytes (or
-    of one tensor) and their index."""
+    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
+    bytes (or of one tensor) and their index."""
     names, shards, room = huggingface_names(config.n_layer), [], 0
     tensors = {
         names[key]: tensor.contiguous()
@@ -1532,8 +1537,8 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
 
 
 def adapter_files(adapters: dict[str, tuple[Tensor, Tensor]], alpha: int, base: str, config: Config) -> Contents:
-    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R). `base`:
-    the name of the model that it belongs to."""
+    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R).
+    `base`: the name of the model that it belongs to."""
     names = huggingface_names(config.n_layer)
     modules = {names[key].removesuffix(".weight"): pair for key, pair in adapters.items()}
     tensors = {
@@ -1583,10 +1588,10 @@ def write_content(content: Any, file: Any) -> None:
 def save_checkpoint(
     directory: str | Path, step: int, model: GPT, tokenizer: Any, meta: dict, training: dict | None = None
 ) -> None:
-    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt, or Hugging
-    Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt where `training` is
-    given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have the types that they were
-    loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
+    or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
+    where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
+    the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
     directory = Path(directory)
     meta = {**meta, "step": step, "sha256": {}}
 
@@ -1620,8 +1625,8 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
 
 
 def find_hub_folder(name: str) -> Path:
-    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor can be
-    fetched, or is there in part."""
+    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
+    can be fetched, or is there in part."""
     mend = "fetch it elsewhere and give its folder to --model-tag"
     try:
         folder = Path(
@@ -1698,9 +1703,9 @@ def make_optimizers(
     weight_decay: float = 0.0,
     matrix_optimizer: str = "muon",
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and their
-    adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the embedding for
-    norms and biases. The weight decay is that of the embedding and the unembedding."""
+    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and
+    their adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the
+    embedding for norms and biases. The weight decay is that of the embedding and the unembedding."""
     nanochat = not model.config.norm_weights
     scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
     table = [
