@@ -6,10 +6,10 @@
 Each step asks a few questions, samples a group of completions to each, rewards each, and takes one step uphill:
 
     advantage = reward − mean reward of the completion's group
-    loss      = −Σ advantage · π(token) / π_sampled(token) / number of sampled tokens in the step,   over the sampled tokens
+    loss      = −Σ advantage · π(token) / π_sampled(token) / number of tokens,   over the sampled tokens of the step
 
-Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean for a
-baseline, or what is left of GRPO (Shao et al. 2024) when
+Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean
+for a baseline, or what is left of GRPO (Shao et al. 2024) when
  1. every rollout is used once, by the policy that sampled it (--updates-per-rollout and --clip change that),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
@@ -19,6 +19,7 @@ The policy is the distribution that is sampled from, after temperature and top-k
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
 tokenizers, checkpoints, optimizers) is gpt.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -73,38 +74,40 @@ class Flags:
                             choices=("", "cuda", "mps", "cpu"), resumable=True)
     dtype: str = flag("", "of the arithmetic (default: bfloat16 where the GPU has it, else float32)",
                       choices=("", "bfloat16", "float32"))
-    model_tag: str | None = flag(None, "model to begin with: a nanochat tag such as d20, a folder of nanochat's or Hugging Face's, or a "
-                                 "hub name (default: largest d<N>)", resumable=True)
+    model_tag: str | None = flag(None, "nanochat tag such as d20, folder (nanochat's or Hugging Face's) or hub name "
+                                 "(default: the largest d<N>)", resumable=True)
     model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", low=0, resumable=True)
     chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
     chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
     lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)", low=0)
-    task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging Face's, else gsm8k)")
+    task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging Face's "
+                            "models, else gsm8k)")
     data: str | None = flag(None, "training questions: a hub name, a JSONL file, or a folder with train and test files "
                             "(default: the task's)", resumable=True)
-    eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place (default: the "
-                                 "test split of --data)", resumable=True)
+    eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place "
+                                 "(default: the test split of --data)", resumable=True)
     prompt_key: str | None = flag(None, "column with the question: text or a list of messages (default: the task's)")
-    answer_key: str | None = flag(None, "column with the reference: text, a number, or a list of texts (default: the task's)")
+    answer_key: str | None = flag(None, "column with the reference: text, number, or list of texts (default: the task's)")
     system: str | None = flag(None, "system text before each question (default: the task's)")
     suffix: str | None = flag(None, "text after each question (default: the task's)")
     prefill: str | None = flag(None, "beginning of each reply (default: the task's)")
-    few_shot: str | None = flag(None, "JSON file with a list of messages to put before each question", resumable=True)
+    few_shot: str | None = flag(None, "JSON file: a list of messages to put before each question", resumable=True)
     raw_prompt: bool = flag(False, "questions hold the model's own markers: no chat template around them")
     grader: str | None = flag(None, "number, boxed-number, boxed-math, tagged-number or exact (default: the task's)")
     num_epochs: int = flag(1, "passes over the training questions", low=1)
-    max_steps: int | None = flag(None, "length of the run in steps (default: that of the epochs; 0 evaluates and exits)", low=0)
+    max_steps: int | None = flag(None, "length of the run (default: that of the epochs; 0 evaluates and exits)", low=0)
     examples_per_step: int = flag(16, "questions per step, over all ranks", low=1)
     num_samples: int = flag(16, "completions sampled per question", low=2)
     max_new_tokens: int = flag(256, "length limit of a completion, in tokens", low=1)
     temperature: float = flag(1.0, "of sampling in training (above 0)", low=1e-6)
     top_k: int = flag(50, "sample from the k likeliest tokens, in training and evaluation (0: from all)", low=0)
-    rollout_batch_size: int = flag(256, "rows sampled at once, rounded up to whole groups (0: no bound)", low=0, resumable=True)
+    rollout_batch_size: int = flag(256, "rows sampled at once, rounded up to whole groups (0: no bound)", low=0,
+                                   resumable=True)
     device_batch_size: int = flag(8, "rows in one forward and backward: less takes less memory", low=1, resumable=True)
-    recompute: bool = flag(False, "compute blocks again in the backward: slower, and takes less memory", resumable=True)
+    recompute: bool = flag(False, "compute blocks again in the backward: slower, in less memory", resumable=True)
     updates_per_rollout: int = flag(1, "optimizer steps that a rollout is dealt out to", low=1)
     clip: str = flag("", "PPO's clip of the ratio, such as 0.2, or 0.2,0.28 for low and high (default: none)")
-    max_ratio: float = flag(0.0, "leave out an update in which a token's ratio, or its inverse, is above this (0: none)", low=0)
+    max_ratio: float = flag(0.0, "leave out updates with a token's ratio, or its inverse, above this (0: none)", low=0)
     matrix_optimizer: str = flag("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
     embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)", low=0)
     unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)", low=0)
@@ -116,8 +119,8 @@ class Flags:
     eval_examples: int = flag(400, "test questions in an evaluation (0: all)", low=0)
     eval_samples: int = flag(8, "completions per test question: pass@k for k = 1 … that", low=1)
     save_every: int = flag(60, "steps between checkpoints", low=1, resumable=True)
-    keep_last: int = flag(2, "checkpoints that keep their optimizer state, to resume from", low=1, resumable=True)
-    resume: bool = flag(False, "go on from the last complete checkpoint of this tag's RL run, if there is one", resumable=True)
+    keep_last: int = flag(2, "checkpoints that keep optimizer state, to resume from", low=1, resumable=True)
+    resume: bool = flag(False, "go on from the last sound checkpoint of this tag's run, if there is one", resumable=True)
     seed: int = flag(42, "of the order of questions and of sampling", low=0)
 
 
@@ -128,6 +131,7 @@ class Flags:
 @dataclass
 class Example:
     """A question to ask."""
+
     index: int                              # its place in the data, which names its random numbers
     prompt: list[dict] | str                # messages; or text that holds the model's own markers
     references: list[str]                   # what the data say: any of them may be matched
@@ -140,11 +144,12 @@ class Example:
 @dataclass
 class Group:
     """A question, the completions that were sampled for it, and what they were worth."""
+
     example: Example
     prompt: list[int]
     completions: list[Completion]
-    scores: list[float] = field(default_factory=list)           # what the grader gave, 0 to 1
-    rewards: list[float] = field(default_factory=list)          # what is learned from
+    scores: list[float] = field(default_factory=list)  # what the grader gave, 0 to 1
+    rewards: list[float] = field(default_factory=list)  # what is learned from
     advantages: list[float] = field(default_factory=list)
 
     def lessons(self) -> list[tuple[Completion, float]]:
@@ -164,9 +169,9 @@ def advantages_of(rewards: list[float]) -> list[float]:
 
 
 def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, clip: tuple[float, ...] = ()) -> Tensor:
-    """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that sampled it,
-    and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high, is PPO's (Schulman
-    et al. 2017). The division by the number of tokens comes later."""
+    """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that
+    sampled it, and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high,
+    is PPO's (Schulman et al. 2017). The division by the number of tokens comes later."""
     ratio = (logprobs - sampled_logprobs).exp()
     gain = advantages * ratio
     if clip:
@@ -178,6 +183,7 @@ def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, clip
 @dataclass
 class Run:
     """What a run is, the same on every rank; no tensors."""
+
     flags: Flags
     train: list[Example]
     tests: dict[str, list[Example]]         # by the name that their metrics bear
@@ -196,11 +202,12 @@ class Run:
 @dataclass
 class Learner:
     """What learns, on every rank."""
+
     model: GPT
     sampler: Sampler
     weights: Tensor                         # all that learn, as one vector: the model's parameters are views of it
     gradient: Tensor                        # likewise
-    optimizers: list[torch.optim.Optimizer]     # on rank 0
+    optimizers: list[torch.optim.Optimizer]  # on rank 0
 
     def policy(self, temperature: float, top_k: int) -> Policy:
         return Policy(temperature, top_k, self.model.config.softcap)
@@ -214,7 +221,7 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
     size = run.flags.examples_per_step
     epoch, place = divmod(step, len(run.train) // size)
     order = shuffled(len(run.train), run.flags.seed, epoch)
-    return [run.train[i] for i in order[place * size:(place + 1) * size]]
+    return [run.train[i] for i in order[place * size : (place + 1) * size]]
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
@@ -228,15 +235,23 @@ def prompt_of(example: Example, tokenizer: Any) -> list[int]:
     return tokenizer.render(example.prompt) + tokenizer.encode(example.task.prefill)
 
 
-def rollout(run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int,
-            title: str) -> list[Group]:
+def rollout(
+    run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str
+) -> list[Group]:
     """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
     groups, rows = [], run.flags.rollout_batch_size or sys.maxsize
     with progress_bar(len(examples) * num_samples, title, "completion") as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
-            completions = sampler.generate(prompts, num_samples, run.flags.max_new_tokens, policy, seed,
-                                           keys=[example.index for example in part], progress=bar.update)
+            completions = sampler.generate(
+                prompts,
+                num_samples,
+                run.flags.max_new_tokens,
+                policy,
+                seed,
+                keys=[example.index for example in part],
+                progress=bar.update,
+            )
             groups += map(Group, part, prompts, completions)
     return groups
 
@@ -246,10 +261,12 @@ def grade(run: Run, groups: list[Group]) -> list[Group]:
     for group in groups:
         prefill = group.example.task.prefill
         asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
-        begun = "<think>" * asked.rstrip().endswith("<think>") + prefill        # what the prompt has opened
+        begun = "<think>" * asked.rstrip().endswith("<think>") + prefill  # what the prompt has opened
         for completion in group.completions:
             text = begun + text_of(completion, run.tokenizer)
-            group.scores.append(max(group.example.task.grader(reference, text) for reference in group.example.references))
+            group.scores.append(
+                max(group.example.task.grader(reference, text) for reference in group.example.references)
+            )
         group.rewards = [reward_of(score) for score in group.scores]
         group.advantages = advantages_of(group.rewards)
     return groups
@@ -264,24 +281,27 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
 def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
     """What a rollout's metrics are made of, to be added up over the ranks."""
     completions = [completion for group in groups for completion in group.completions]
-    return {"questions": len(groups), "completions": len(completions),
-            "reward": sum(sum(group.rewards) for group in groups),
-            "all_right": sum(min(group.scores) >= 1 for group in groups),
-            "all_wrong": sum(max(group.scores) < 1 for group in groups),
-            "tokens": sum(len(c.tokens) for c in completions),
-            "truncated": sum(c.tokens[-1] not in stops for c in completions),
-            "sampled": sum(sum(c.mask) for c in completions),
-            "entropy": sum(c.entropy for c in completions),
-            "timeouts": forget_timeouts()}
+    return {
+        "questions": len(groups),
+        "completions": len(completions),
+        "reward": sum(sum(group.rewards) for group in groups),
+        "all_right": sum(min(group.scores) >= 1 for group in groups),
+        "all_wrong": sum(max(group.scores) < 1 for group in groups),
+        "tokens": sum(len(c.tokens) for c in completions),
+        "truncated": sum(c.tokens[-1] not in stops for c in completions),
+        "sampled": sum(sum(c.mask) for c in completions),
+        "entropy": sum(c.entropy for c in completions),
+        "timeouts": forget_timeouts(),
+    }
 
 
 def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> Tensor:
-    """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `size` rows at once. Completions
-    without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled (M,) of the tokens that
-    were learned from, π being the policy now.
+    """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `size` rows at once.
+    Completions without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled (M,)
+    of the tokens that were learned from, π being the policy now.
 
-    A question runs forward once and backward once, whatever the batch: its completions read copies of what it left in the
-    cache, and the gradients that they leave there are sent back through it in the end.
+    A question runs forward once and backward once, whatever the batch: its completions read copies of what it left
+    in the cache, and the gradients that they leave there are sent back through it in the end.
     """
     log_ratios = [torch.zeros(0, device=model.device)]
     for part in batched([group for group in groups if group.lessons()], size):
@@ -302,9 +322,9 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
 
 
 def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list[tuple[list[Group], float]]:
-    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part this
-    rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are shared among
-    the parts, so that a single one is normalised by all tokens of the step."""
+    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part
+    this rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are
+    shared among the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
     tokens = dict.fromkeys(range(size), 0.0)
@@ -317,8 +337,8 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
 
 
 def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float:
-    """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all take over.
-    Returns the norm of the gradient; where it is not finite no step is made."""
+    """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all
+    take over. Returns the norm of the gradient; where it is not finite no step is made."""
     ranks.reduce(learner.gradient)
     norm = learner.gradient.div_(num_tokens).norm().item() if ranks.rank == 0 else 0.0
     norm = ranks.sum({"norm": norm})["norm"]
@@ -342,11 +362,13 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_t
             continue
         norms.append(update(run, learner, tokens, ranks))
     drift = measure_drift(parts, clip, ranks)
-    return {"grad_norm": statistics.fmean(norms) if norms else 0.0,
-            "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
-            "advantage_tokens": drift.pop("tokens") / num_tokens,
-            "parts_left_out": len(parts) - len(norms),
-            **drift}
+    return {
+        "grad_norm": statistics.fmean(norms) if norms else 0.0,
+        "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
+        "advantage_tokens": drift.pop("tokens") / num_tokens,
+        "parts_left_out": len(parts) - len(norms),
+        **drift,
+    }
 
 
 def clip_of(flags: Flags) -> tuple[float, ...]:
@@ -365,48 +387,55 @@ def measure_drift(parts: list[Tensor], clip: tuple[float, ...], ranks: Ranks) ->
     first, drift = torch.cat([none, *parts[:1]]), torch.cat([none, *parts])
     ratio = drift.exp()
     low, high = (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
-    sums = ranks.sum({
-        "tokens": len(drift),
-        "first": len(first),
-        "gap": first.abs().sum().item(),
-        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
-        "kl": (ratio - 1 - drift).sum().item(),         # the k3 estimate (Schulman 2020)
-    })
+    sums = ranks.sum(
+        {
+            "tokens": len(drift),
+            "first": len(first),
+            "gap": first.abs().sum().item(),
+            "clipped": ((ratio < low) | (ratio > high)).sum().item(),
+            "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
+        }
+    )
     count = max(sums["tokens"], 1)
-    return {"tokens": sums["tokens"],
-            "sampler_gap": sums["gap"] / max(sums["first"], 1),         # before any update
-            "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
-            "approx_kl": sums["kl"] / count,
-            "clip_fraction": sums["clipped"] / count}
+    return {
+        "tokens": sums["tokens"],
+        "sampler_gap": sums["gap"] / max(sums["first"], 1),  # before any update
+        "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
+        "approx_kl": sums["kl"] / count,
+        "clip_fraction": sums["clipped"] / count,
+    }
 
 
 def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
     """One step: sample, grade, learn. Returns its metrics, or None where a signal has cut the rollout short."""
     flags, begun = run.flags, time.monotonic()
-    examples = questions_of_step(run, run.step)[ranks.rank::ranks.size]
+    examples = questions_of_step(run, run.step)[ranks.rank :: ranks.size]
     policy = learner.policy(flags.temperature, flags.top_k)
     seed = int(gpt.fold(flags.seed, TRAINING, run.step))
     title = f"step {run.step}"
     groups = ranks.attempt(
-        lambda: grade(run, rollout(run, learner.sampler, examples, flags.num_samples, policy, seed, title)))
+        lambda: grade(run, rollout(run, learner.sampler, examples, flags.num_samples, policy, seed, title))
+    )
     if ranks.stopping():
         return None
     total = ranks.sum(tally(groups, run.tokenizer.stops))
     rolled_out = time.monotonic()
-    rollout_seconds = ranks.max(rolled_out - begun)     # of the rank that began first
+    rollout_seconds = ranks.max(rolled_out - begun)  # of the rank that began first
     learned = learn(run, learner, groups, policy, total["sampled"], ranks)
-    return {"reward": total["reward"] / total["completions"],
-            "all_right": total["all_right"] / total["questions"],
-            "all_wrong": total["all_wrong"] / total["questions"],
-            "completion_length": total["tokens"] / total["completions"],
-            "truncated": total["truncated"] / total["completions"],
-            "entropy": total["entropy"] / total["sampled"],
-            "grader_timeouts": total["timeouts"],
-            **learned,
-            "lrm": run.lrm,
-            "rollout_seconds": rollout_seconds,
-            "update_seconds": time.monotonic() - rolled_out,
-            "tokens_per_second": total["tokens"] / rollout_seconds}
+    return {
+        "reward": total["reward"] / total["completions"],
+        "all_right": total["all_right"] / total["questions"],
+        "all_wrong": total["all_wrong"] / total["questions"],
+        "completion_length": total["tokens"] / total["completions"],
+        "truncated": total["truncated"] / total["completions"],
+        "entropy": total["entropy"] / total["sampled"],
+        "grader_timeouts": total["timeouts"],
+        **learned,
+        "lrm": run.lrm,
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": time.monotonic() - rolled_out,
+        "tokens_per_second": total["tokens"] / rollout_seconds,
+    }
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -425,7 +454,7 @@ def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) 
     """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
     questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others nothing."""
     n, seed = run.flags.eval_samples, int(gpt.fold(run.flags.seed, EVALUATION))
-    mine = examples[:run.flags.eval_examples or None][ranks.rank::ranks.size]
+    mine = examples[: run.flags.eval_examples or None][ranks.rank :: ranks.size]
 
     def attempt(n: int, top_k: int, title: str) -> list[Group]:
         policy = learner.policy(1.0, top_k)
@@ -441,12 +470,14 @@ def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) 
         right = [sum(score >= 1 for score in group.scores) for group in groups]
         for k in range(1, n + 1):
             metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = mean_and_error([pass_at_k(n, c, k) for c in right])
-        metrics["greedy"], metrics["greedy_error"] = mean_and_error([float(group.scores[0] >= 1) for group in greedy])
+        metrics["greedy"], metrics["greedy_error"] = mean_and_error(
+            [float(group.scores[0] >= 1) for group in greedy]
+        )
     return metrics, groups
 
 
 def batched(items: list, size: int) -> Iterator[list]:
-    return (items[i:i + size] for i in range(0, len(items), size))
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,13 +499,13 @@ def last_box(text: str) -> str:
         elif token[0] != r"\{" and token[0][-1] == "{" and ends:
             end = ends.pop()
             if token[0] != "{":
-                return " ".join(text[token.end():end].split()).rstrip(".")
+                return " ".join(text[token.end() : end].split()).rstrip(".")
     return ""
 
 
 def last_answer(text: str) -> str:
-    """What stands in the last closed <answer>; "" where there is none, or an <answer> stands in a <think>. The prompt has
-    opened a <think> where </think> comes first."""
+    """What stands in the last closed <answer>; "" where there is none, or an <answer> stands in a <think>. The
+    prompt has opened a <think> where </think> comes first."""
     opened = "</think>" in text.partition("<think>")[0]
     thoughts = re.findall(r"<think>(.*?)(?:</think>|\Z)", "<think>" * opened + text, re.DOTALL)
     answers = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
@@ -482,8 +513,8 @@ def last_answer(text: str) -> str:
 
 
 def unwrapped(reference: str) -> str:
-    """A reference without the working that leads to it: what follows its last ####, and there what stands in its last box, if
-    it has these."""
+    """A reference without the working that leads to it: what follows its last ####, and there what stands in its
+    last box, if it has these."""
     tail = reference.rpartition("####")[2]
     return last_box(tail) if r"\boxed" in tail else " ".join(tail.split())
 
@@ -498,16 +529,19 @@ def leading_number(text: str) -> Decimal | None:
 
 
 def only_number(text: str) -> Decimal | None:
-    r"""The number that a text begins with where no other follows: of '1{,}000', '\$1000' and '1000\%', but not of '3/4'."""
+    r"""The number that a text begins with where no other follows: of '1{,}000', '\$1000' and '1000\%', but not of
+    '3/4'."""
     plain = re.sub(r"\\[,!$]|[{},$]", "", text)
     found = NUMBER.match(plain)
-    return Decimal(found[1]) if found and not re.search(r"\d", plain[found.end():]) else None
+    return Decimal(found[1]) if found and not re.search(r"\d", plain[found.end() :]) else None
 
 
 POWER = re.compile(r"([)}\]]?)\s*\^\s*(\{(?:[^{}^]|\{[^{}^]*\})*\}|[^{}^])(?!\s*\^)")
 SLOW = re.compile(r"\||\\(?:l[ng]|log|exp|arc|sin|cos|tan|cot|sec|csc)")
-ENDLESS = re.compile(r"\\(?:sum|prod|i+nt|oint|lim)|(?:\^|\\exp).*\\exp|!\s*!|[)}\]]\s*!"
-                     r"|^(?=.*(?:\^|\d{4})).*(?:(?<!\\)!|binom|choose)")
+ENDLESS = re.compile(
+    r"\\(?:sum|prod|i+nt|oint|lim)|(?:\^|\\exp).*\\exp|!\s*!|[)}\]]\s*!"
+    r"|^(?=.*(?:\^|\d{4})).*(?:(?<!\\)!|binom|choose)"
+)
 
 
 def small(latex: str) -> str | None:
@@ -517,23 +551,32 @@ def small(latex: str) -> str | None:
     depth = max(accumulate((c in "([{") - (c in ")]}") for c in latex))
     powers = POWER.findall(latex)
     heights = [int(n) or 1 for bracket, exponent in powers if bracket for n in re.findall(r"\d+", exponent)]
-    fine = (depth <= 5 and len(SLOW.findall(latex)) <= 4 and not ENDLESS.search(latex) and len(powers) == latex.count("^")
-            and all(len(re.findall(r"\d", exponent)) <= 4 for _, exponent in powers) and math.prod(heights) <= 20)
+    fine = (
+        depth <= 5
+        and len(SLOW.findall(latex)) <= 4
+        and not ENDLESS.search(latex)
+        and len(powers) == latex.count("^")
+        and all(len(re.findall(r"\d", exponent)) <= 4 for _, exponent in powers)
+        and math.prod(heights) <= 20
+    )
     return latex if fine else None
 
 
 def serve() -> None:
-    """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they are equal.
-    It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
+    """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
+    are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
     import json, logging, signal, sys
     from math_verify import LatexExtractionConfig, parse, verify
+
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, 5)
-        reference, answer = (parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-                             for latex in json.loads(line))
+        reference, answer = (
+            parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+            for latex in json.loads(line)
+        )
         equal = verify(reference, answer, timeout_seconds=None)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(equal), file=replies, flush=True)
@@ -545,8 +588,15 @@ IDLE: list[subprocess.Popen] = []           # servers that have answered all the
 
 def start_server() -> subprocess.Popen:
     """A process out of reach of the signals that the run gets. Raises UserError where math-verify is missing."""
-    server = subprocess.Popen([sys.executable, "-c", SERVER], text=True, start_new_session=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONHASHSEED": "0"})
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
     if not server.stdout.readline():
         raise UserError("this grader needs math-verify: pip install 'math-verify[antlr4_13_2]'")
     return server
@@ -554,15 +604,15 @@ def start_server() -> subprocess.Popen:
 
 @functools.lru_cache(10_000)
 def same_math(reference: str, answer: str) -> bool:
-    """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take too long
-    are not, and counted in same_math.timeouts."""
+    """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take
+    too long are not, and counted in same_math.timeouts."""
     if reference == answer or (reference + answer).isdecimal():
         return reference.lstrip("0") == answer.lstrip("0")
     server = IDLE.pop() if IDLE and IDLE[-1].poll() is None else start_server()
     print(json.dumps([reference, answer]), file=server.stdin, flush=True)
     reply = server.stdout.readline()
     if reply:
-        IDLE.append(server)                 # not where a signal has cut this short: its reply is never read by another call
+        IDLE.append(server)  # not where a signal has cut this short: its reply is never read by another call
     else:
         same_math.timeouts += 1
         server.wait()
@@ -575,6 +625,7 @@ same_math.timeouts = 0
 @dataclass(frozen=True)
 class Grader:
     """Where the reference and a completion say what counts, how it is read there, and when the two are equal."""
+
     in_reference: Callable[[str], str]
     in_text: Callable[[str], str]
     read: Callable[[str], Any] = str        # None where it cannot be read
@@ -611,6 +662,7 @@ def forget_timeouts() -> int:
 @dataclass(frozen=True)
 class Task:
     """A kind of question. A flag named like a field overrides it."""
+
     data: str | Callable                    # training and test questions: a place, or what makes their rows
     grader: Grader
     prompt_key: str = "question"
@@ -636,7 +688,15 @@ def make_sums() -> dict[str, list[dict]]:
     return {"train": ask(sorted({*rest, *swapped})), "test": ask(held_out)}
 
 
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 MATH_500 = "HuggingFaceH4/MATH-500"
 
 
@@ -651,23 +711,28 @@ def fetch_math() -> dict[str, list[dict]]:
 
 BOX_NUMBER = r" Provide a numerical answer without units, written inside \boxed{}."
 BOX_MATH = r" Write your answer in \boxed{} format."
-THINK = ("Work the question out between <think> and </think>, then give the final answer, a number and nothing else, between "
-         "<answer> and </answer>. Only what stands between the answer tags is scored.")
+THINK = (
+    "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, between "
+    "<answer> and </answer>. Only what stands between the answer tags is scored."
+)
 TASKS = {
     "arithmetic": Task(make_sums, GRADERS["exact"]),
-    "gsm8k": Task("openai/gsm8k", GRADERS["number"]),          # grade-school maths in words (Cobbe et al. 2021)
+    "gsm8k": Task("openai/gsm8k", GRADERS["number"]),  # grade-school maths in words (Cobbe et al. 2021)
     "gsm8k-boxed": Task("openai/gsm8k", GRADERS["boxed-number"], suffix=BOX_NUMBER),
     "math": Task(fetch_math, GRADERS["boxed-math"], "problem", "solution", suffix=BOX_MATH),
-    "aime": Task("", GRADERS["boxed-math"], "problem", "answer", eval_data="HuggingFaceH4/aime_2024", suffix=BOX_MATH),
+    "aime": Task(
+        "", GRADERS["boxed-math"], "problem", "answer", eval_data="HuggingFaceH4/aime_2024", suffix=BOX_MATH
+    ),
     "think": Task("openai/gsm8k", GRADERS["tagged-number"], system=THINK),
     "jsonl": Task("", GRADERS["boxed-math"], "prompt", "answer"),
 }
 
 
 def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
-    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42) order as
-    nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
+    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42)
+    order as nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
     import datasets
+
     try:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -677,25 +742,29 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
             splits = datasets.load_dataset(place, "main" if place == "openai/gsm8k" else config)
         rows = {name: [{**row, "row": i} for i, row in enumerate(split)] for name, split in splits.items()}
     except Exception as error:              # whatever datasets, its file readers and the network raise
-        raise UserError(f"cannot load {place} ({gpt.one_line(error.__cause__ or error)}): pass --data a local folder that holds "
-                        "its train and test files, such as train.jsonl and test.jsonl") from error
+        raise UserError(
+            f"cannot load {place} ({gpt.one_line(error.__cause__ or error)}): pass --data a local folder that holds "
+            "its train and test files, such as train.jsonl and test.jsonl"
+        ) from error
     if "test" in rows:
-        order = numpy.random.default_rng(42).permutation(len(rows["test"]))       # what Dataset.shuffle(seed=42) does
+        order = numpy.random.default_rng(42).permutation(len(rows["test"]))  # what Dataset.shuffle(seed=42) does
         rows["test"] = [rows["test"][i] for i in order]
     return rows
 
 
 def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
-    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said. Raises
-    UserError where a row lacks a column or holds what is no question, or none is left."""
+    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said.
+    Raises UserError where a row lacks a column or holds what is no question, or none is left."""
     examples, unread = [], []
     for i, row in enumerate(rows):
         place = f"row {row.get('row', i)} of {where}"
         for key in (task.prompt_key, task.answer_key):
             if row.get(key) in (None, "", []):
                 keys = ", ".join(key for key in row if key != "row" and row[key] is not None)
-                raise UserError(f"{place} has no {key!r} (it has {keys}): name the columns by --prompt-key and --answer-key, or "
-                                "mend the row")
+                raise UserError(
+                    f"{place} has no {key!r} (it has {keys}): name the columns by --prompt-key and --answer-key, or "
+                    "mend the row"
+                )
         references = row[task.answer_key] if isinstance(row[task.answer_key], list) else [row[task.answer_key]]
         references = [str(reference) for reference in references if task.grader.reads(str(reference))]
         if references:
@@ -703,10 +772,15 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
         else:
             unread.append(place)
     if unread:
-        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the first in {unread[0]}")
+        say(
+            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, "
+            f"the first in {unread[0]}"
+        )
     if not examples:
-        raise UserError(f"{where} has no question with a reference that the grader can read: pass --data another place, or take "
-                        "another --grader")
+        raise UserError(
+            f"{where} has no question with a reference that the grader can read: pass --data another place, or take "
+            "another --grader"
+        )
     return examples
 
 
@@ -722,13 +796,20 @@ def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
 
 def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     """A chat that ends with a message of that role. Raises UserError where it is none."""
+
     def is_message(m: Any) -> bool:
-        return isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        return (
+            isinstance(m, dict)
+            and m.get("role") in ("system", "user", "assistant")
+            and isinstance(m.get("content"), str)
+        )
 
     known = isinstance(value, list) and all(map(is_message, value))
     if not known or not value or value[-1]["role"] != last:
-        raise UserError(f"{place} is no list of messages with a role (system, user, assistant) and a content that ends with the "
-                        f"{last}'s: mend it")
+        raise UserError(
+            f"{place} is no list of messages with a role (system, user, assistant) and a content that ends with the "
+            f"{last}'s: mend it"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -763,15 +844,21 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     train, where = [], task.data if isinstance(task.data, str) else flags.task
     if flags.max_steps != 0:
         if not rows.get("train"):
-            raise UserError(f"{where or flags.task} has no training questions: pass --data a place with a train file")
+            raise UserError(
+                f"{where or flags.task} has no training questions: pass --data a place with a train file"
+            )
         train = load_examples(task, rows["train"], f"train in {where}")
     if not task.eval_data:
         if not rows.get("test"):
-            raise UserError(f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has")
+            raise UserError(
+                f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has"
+            )
         return train, {"": load_examples(task, rows["test"], f"test in {where}")}
     tests, parts = {}, [part.rpartition("=") for part in task.eval_data.split(",")]
     if len({name for name, _, place in parts if place}) < len(parts):
-        raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
+        raise UserError(
+            f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place"
+        )
     for name, _, place in parts:
         own = TASKS.get(name, task)
         splits = load_rows(place)
@@ -816,6 +903,7 @@ def progress_bar(total: int, title: str, unit: str) -> tqdm:
 
 def json_line(content: dict) -> bytes:
     """A line of JSON, with null for what is infinite or not a number."""
+
     def finite(x: Any) -> Any:
         if isinstance(x, list):
             return [finite(item) for item in x]
@@ -839,7 +927,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Log:
-    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; TensorBoard and W&B under the same names."""
+    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; TensorBoard and W&B under the same
+    names."""
 
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
@@ -850,12 +939,21 @@ class Log:
             self.tell_wandb(lambda: self.start_wandb(run))
         if run.flags.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self.tensorboard = SummaryWriter(run.out / "tensorboard", purge_step=run.step)
 
     def start_wandb(self, run: Run) -> None:
         import wandb
-        self.wandb = wandb.init(project="chat_rl", name=run.flags.run, id=run.meta["wandb_id"], resume="allow",
-                                dir=str(run.out), config=asdict(run.flags), settings=wandb.Settings(init_timeout=20))
+
+        self.wandb = wandb.init(
+            project="chat_rl",
+            name=run.flags.run,
+            id=run.meta["wandb_id"],
+            resume="allow",
+            dir=str(run.out),
+            config=asdict(run.flags),
+            settings=wandb.Settings(init_timeout=20),
+        )
         self.wandb.define_metric("*", step_metric="step")
 
     def tell_wandb(self, work: Callable) -> None:
@@ -864,8 +962,10 @@ class Log:
             work()
         except Exception as error:
             self.wandb = None
-            say(f"warning: no W&B ({gpt.one_line(error)}); the run goes on, its figures are in {self.path}. "
-                "Set WANDB_MODE=offline to keep them for `wandb sync`.")
+            say(
+                f"warning: no W&B ({gpt.one_line(error)}); the run goes on, its figures are in {self.path}. "
+                "Set WANDB_MODE=offline to keep them for `wandb sync`."
+            )
 
     def write(self, metrics: dict) -> None:
         line = json_line(metrics)
@@ -884,16 +984,28 @@ class Log:
                 self.tensorboard.add_scalar(key, value, metrics["step"])
 
     def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
-        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest question
-        that has both."""
-        rows = [{"data": name, "question": str(g.example), "reference": " or ".join(g.example.references),
-                 "completions": [text_of(c, tokenizer) for c in g.completions], "rewards": g.rewards}
-                for name, part in groups.items() for g in part]
-        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows))))
+        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest
+        question that has both."""
+        rows = [
+            {
+                "data": name,
+                "question": str(g.example),
+                "reference": " or ".join(g.example.references),
+                "completions": [text_of(c, tokenizer) for c in g.completions],
+                "rewards": g.rewards,
+            }
+            for name, part in groups.items()
+            for g in part
+        ]
+        gpt.write_file(
+            self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows)))
+        )
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
-        group = min((g for part in groups.values() for g in part), key=lambda g: (
-            not min(g.scores) < 1 <= max(g.scores), sum(score >= 1 for score in g.scores)))
+        group = min(
+            (g for part in groups.values() for g in part),
+            key=lambda g: (not min(g.scores) < 1 <= max(g.scores), sum(score >= 1 for score in g.scores)),
+        )
         say(f"  question   {shortened(str(group.example))}\n  reference  {shortened(group.example.references[0])}")
         texts = {score >= 1: text_of(c, tokenizer) for c, score in zip(group.completions, group.scores)}
         for right in sorted(texts, reverse=True):
@@ -901,21 +1013,28 @@ class Log:
 
     def log_table(self, step: int, rows: list[dict]) -> None:
         import wandb
-        data = [[row["question"], row["reference"], text, reward]
-                for row in rows for text, reward in zip(row["completions"], row["rewards"])]
+
+        data = [
+            [row["question"], row["reference"], text, reward]
+            for row in rows
+            for text, reward in zip(row["completions"], row["rewards"])
+        ]
         table = wandb.Table(columns=["question", "reference", "completion", "reward"], data=data)
         self.wandb.log({"step": step, "samples": table})
 
     def plot(self) -> None:
         """Draws curve.png anew."""
         from matplotlib.figure import Figure
+
         steps = [line for line in self.lines if "reward" in line]
         figure = Figure(figsize=(12, 7), layout="constrained")
         axes = dict(zip(PANELS, figure.subplots(2, 3).flat))
         for title, keys in PANELS.items():
             for key in keys:
                 draw_curve(axes[title], steps, key)
-        draw_evaluations(axes["test questions solved (± standard error)"], [line for line in self.lines if is_evaluation(line)])
+        draw_evaluations(
+            axes["test questions solved (± standard error)"], [line for line in self.lines if is_evaluation(line)]
+        )
         for title, part in axes.items():
             part.set(title=title, xlabel="step")
             part.grid(alpha=0.3)
@@ -955,7 +1074,7 @@ def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
     color = "tab:orange" if key in (*ON_THE_RIGHT, "update_seconds") else "tab:blue"
     lines = [line for line in steps if line.get(key) is not None]
     x, y = [line["step"] for line in lines], [line[key] for line in lines]
-    means = [statistics.fmean(y[max(0, i - 9):i + 1]) for i in range(len(y))]
+    means = [statistics.fmean(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
     axes.plot([], [], color=color, label=key)
     if key in ON_THE_RIGHT:
         axes = axes.twinx()
@@ -967,8 +1086,16 @@ def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
 def draw_evaluations(axes: Any, tests: list[dict]) -> None:
     for key in evaluation_keys(tests[-1]) if tests else []:
         lines = [line for line in tests if key in evaluation_keys(line)]
-        axes.errorbar([line["step"] for line in lines], [line[key] for line in lines], [line[key + "_error"] for line in lines],
-                      label=key, capsize=3, marker="o", markersize=3, linestyle="--" if key.endswith("greedy") else "-")
+        axes.errorbar(
+            [line["step"] for line in lines],
+            [line[key] for line in lines],
+            [line[key + "_error"] for line in lines],
+            label=key,
+            capsize=3,
+            marker="o",
+            markersize=3,
+            linestyle="--" if key.endswith("greedy") else "-",
+        )
 
 
 def is_evaluation(line: dict) -> bool:
@@ -981,20 +1108,25 @@ def shortened(text: str, width: int = 600) -> str:
 
 
 def evaluation_keys(metrics: dict) -> list[str]:
-    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy accuracy."""
+    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
+    accuracy."""
     names = [key.removesuffix("greedy") for key in metrics if key.endswith("greedy")]
-    powers = [2 ** i for i in range(1 if len(names) > 1 else 64)]
+    powers = [2**i for i in range(1 if len(names) > 1 else 64)]
     keys = [key for name in names for key in (*(f"{name}pass@{k}" for k in powers), name + "greedy")]
     return [key for key in keys if metrics.get(key) is not None and metrics.get(key + "_error") is not None]
 
 
 def evaluation_row(metrics: dict) -> str:
-    return "  ".join(f"{key} {metrics[key]:.3f} ± {metrics[key + '_error']:.3f}" for key in evaluation_keys(metrics))
+    return "  ".join(
+        f"{key} {metrics[key]:.3f} ± {metrics[key + '_error']:.3f}" for key in evaluation_keys(metrics)
+    )
 
 
 def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
-    row = (f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
-           f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(seconds_left))}")
+    row = (
+        f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
+        f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(seconds_left))}"
+    )
     if metrics["parts_left_out"]:
         row += f"  {metrics['parts_left_out']} updates left out: the ratio was above --max-ratio"
     return row if math.isfinite(metrics["grad_norm"]) else row + "  the gradient is not finite: step left out"
@@ -1015,8 +1147,11 @@ def sparkline(values: list[float], width: int = 60) -> str:
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and nanochat's special ones."""
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(Tokenizer.SPECIAL)}
-    return Tokenizer(gpt.tiktoken.Encoding("bytes", pat_str="(?s:.)", special_tokens=special,
-                                           mergeable_ranks={bytes([i]): i for i in range(256)}))
+    return Tokenizer(
+        gpt.tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", special_tokens=special, mergeable_ranks={bytes([i]): i for i in range(256)}
+        )
+    )
 
 
 def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -1024,14 +1159,17 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
     return -logprobs
 
 
-def teach(model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, max_steps: int = 1000) -> int:
-    """Supervised learning of the references, `size` questions a step, until the model's own completions score `goal`. It is
-    the update of RL, with one completion per question and the whole softmax for a policy. Returns the number of steps."""
+def teach(
+    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, max_steps: int = 1000
+) -> int:
+    """Supervised learning of the references, `size` questions a step, until the model's own completions score
+    `goal`. It is the update of RL, with one completion per question and the whole softmax for a policy. Returns the
+    number of steps."""
     _, gradient = gpt.flatten(model)
     optimizers, sampler = gpt.make_optimizers(model), Sampler(model, tokenizer)
     policy, generator = Policy(1.0, 0, model.config.softcap), torch.Generator().manual_seed(0)
     for step in tqdm(range(max_steps), desc="starter", unit="step", leave=False, disable=None):
-        if step % 10 == 0 and ability(sampler, examples[::max(1, len(examples) // 400)], policy) >= goal:
+        if step % 10 == 0 and ability(sampler, examples[:: max(1, len(examples) // 400)], policy) >= goal:
             return step
         groups = []
         for i in torch.randint(len(examples), (size,), generator=generator).tolist():
@@ -1048,8 +1186,10 @@ def teach(model: GPT, tokenizer: Any, examples: list[Example], goal: float, size
 def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
     """The mean score of one completion to each example."""
     completions = sampler.generate([prompt_of(example, sampler.tokenizer) for example in examples], 1, 8, policy)
-    return statistics.fmean(example.task.grader(example.references[0], text_of(group[0], sampler.tokenizer))
-                            for example, group in zip(examples, completions))
+    return statistics.fmean(
+        example.task.grader(example.references[0], text_of(group[0], sampler.tokenizer))
+        for example, group in zip(examples, completions)
+    )
 
 
 def make_starter(folder: Path) -> None:
@@ -1068,13 +1208,33 @@ def make_starter(folder: Path) -> None:
 # What a kind of run does differently from the flags' own defaults; a flag that is given wins.
 PRESETS = {
     "nanochat": dict(task="gsm8k"),
-    "huggingface": dict(task="gsm8k-boxed", matrix_optimizer="adamw", embedding_lr=1e-6, unembedding_lr=1e-6, matrix_lr=1e-6,
-                        init_lr_frac=1.0, lr_schedule="constant", top_k=0, max_new_tokens=512),
+    "huggingface": dict(
+        task="gsm8k-boxed",
+        matrix_optimizer="adamw",
+        embedding_lr=1e-6,
+        unembedding_lr=1e-6,
+        matrix_lr=1e-6,
+        init_lr_frac=1.0,
+        lr_schedule="constant",
+        top_k=0,
+        max_new_tokens=512,
+    ),
     "muon": dict(matrix_lr=0.001),          # what nanochat's rate is at its init_lr_frac
     "lora": dict(matrix_optimizer="adamw", matrix_lr=1e-4, init_lr_frac=1.0),
-    "starter": dict(task="arithmetic", max_steps=60, examples_per_step=512, num_samples=4, max_new_tokens=8,
-                    rollout_batch_size=2048, device_batch_size=64, embedding_lr=1.0, unembedding_lr=0.2, matrix_lr=0.25,
-                    eval_every=20, save_every=20),
+    "starter": dict(
+        task="arithmetic",
+        max_steps=60,
+        examples_per_step=512,
+        num_samples=4,
+        max_new_tokens=8,
+        rollout_batch_size=2048,
+        device_batch_size=64,
+        embedding_lr=1.0,
+        unembedding_lr=0.2,
+        matrix_lr=0.25,
+        eval_every=20,
+        save_every=20,
+    ),
 }
 
 
@@ -1097,17 +1257,22 @@ def parse_flags(argv: list[str]) -> dict:
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
         value, low, choices = given.get(f.name), f.metadata["low"], f.metadata["choices"]
-        if isinstance(value, (int, float)) and not low <= value < 2 ** 63:
+        if isinstance(value, (int, float)) and not low <= value < 2**63:
             raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range: the least is {low}")
         if choices and value not in (None, *choices):
-            raise UserError(f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}")
+            raise UserError(
+                f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}"
+            )
     if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
-        raise UserError(f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28")
+        raise UserError(
+            f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28"
+        )
     return given
 
 
 def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
-    """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub name."""
+    """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub
+    name."""
     folder = base / "chatsft_checkpoints"
     tags = sorted(path.parent.name for path in folder.glob("*/model_*.pt"))
     if tag is None:
@@ -1119,7 +1284,7 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
         return None, tag.partition("/")[2]
     path = Path(tag).resolve()
-    return path, path.parent.name if path.name.isdigit() else path.name        # a step's folder in a run's
+    return path, path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
 
 
 def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Path:
@@ -1133,8 +1298,8 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
 
 
 def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
-    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen weights
-    of adapters come from the run's source; without one `tag` is a hub name."""
+    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen
+    weights of adapters come from the run's source; without one `tag` is a hub name."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
@@ -1147,7 +1312,9 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
                 meta["source"]["path"] = str(place[0])
             path = out / f"{step:06d}" / "chat_template.jinja"
             template = gpt.read_file(path, meta["sha256"])[:].decode() if path.exists() else None
-            model, tokenizer, loaded = gpt.load_checkpoint(*place, device, getattr(torch, flags["dtype"]), flags["lora_rank"], template)
+            model, tokenizer, loaded = gpt.load_checkpoint(
+                *place, device, getattr(torch, flags["dtype"]), flags["lora_rank"], template
+            )
             return model, tokenizer, {**loaded, **meta}, training
         except UserError as error:
             say(f"passing over step {step}: {error}")
@@ -1157,8 +1324,8 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
 
 
 def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.device) -> Flags:
-    """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError where one is
-    given that would make it another run."""
+    """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError
+    where one is given that would make it another run."""
     preset = dict(PRESETS[kind])
     if given.get("lora_rank"):
         preset |= PRESETS["lora"]
@@ -1173,8 +1340,12 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
     flags = Flags(**{**preset, **saved, **given})
     differing = [name for name in saved if getattr(flags, name) != saved[name] and not known[name]]
     if differing:
-        raise UserError("--resume: the run has other flags: " + ", ".join(
-            f"--{name.replace('_', '-')} {saved[name]}, not {getattr(flags, name)}" for name in differing))
+        raise UserError(
+            "--resume: the run has other flags: "
+            + ", ".join(
+                f"--{name.replace('_', '-')} {saved[name]}, not {getattr(flags, name)}" for name in differing
+            )
+        )
     if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1182,15 +1353,20 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
 
 
 def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple:
-    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises UserError."""
+    """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises
+    UserError."""
     there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
     if not there and source == base / "chatsft_checkpoints" / "starter":
-        say(f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one")
+        say(
+            f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one"
+        )
         make_starter(source)
     elif not there:
         tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
-        raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
-                        "folder with model_*.pt or config.json and *.safetensors, or a hub name")
+        raise UserError(
+            f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
+            "folder with model_*.pt or config.json and *.safetensors, or a hub name"
+        )
     try:
         template = Path(flags.chat_template).read_text() if flags.chat_template else None
     except (OSError, ValueError) as error:
@@ -1205,8 +1381,8 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
 
 
 def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
-    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A source that
-    is gone is not needed any more."""
+    """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A
+    source that is gone is not needed any more."""
     step = meta["source"]["step"] if flags.model_step is None else flags.model_step
     if source and flags.model_step is None and step not in gpt.checkpoint_steps(source):
         step = None
@@ -1220,8 +1396,10 @@ def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
     for path in files:
         gpt.read_file(path, digests)
     if digests and sorted(digests.values()) != meta["source"]["sha256"]:
-        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume to "
-                        "begin anew")
+        raise UserError(
+            f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume to "
+            "begin anew"
+        )
 
 
 def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
@@ -1235,7 +1413,9 @@ def keep_short(examples: list[Example], name: str, tokenizer: Any, limit: int) -
     """The examples whose prompts are no longer than `limit` tokens; says how many are."""
     short = [example for example in examples if len(prompt_of(example, tokenizer)) <= limit]
     if len(short) < len(examples):
-        say(f"{len(examples) - len(short)} of {len(examples)} {name} questions are longer than {limit} tokens and left out")
+        say(
+            f"{len(examples) - len(short)} of {len(examples)} {name} questions are longer than {limit} tokens and left out"
+        )
     return short
 
 
@@ -1243,7 +1423,9 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
     """Gives the chat template the run's own variables, and its first day for today. Raises UserError."""
     tokenizer.date = meta.setdefault("date", tokenizer.date)
     if (flags.chat_template or flags.chat_template_kwargs) and isinstance(tokenizer, Tokenizer):
-        raise UserError("--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has no template")
+        raise UserError(
+            "--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has no template"
+        )
     if flags.chat_template_kwargs:
         try:
             tokenizer.variables = dict(json.loads(flags.chat_template_kwargs))
@@ -1251,7 +1433,9 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
             raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object") from error
 
 
-def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, dict | None]:
+def load(
+    given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks
+) -> tuple[Flags, GPT, Any, dict, dict | None]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
     going_on = given.get("resume") and gpt.checkpoint_steps(out)
     resumed = find_resumable(out, source, given.get("model_tag"), ranks.device) if going_on else None
@@ -1259,19 +1443,30 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
     if source is None:
         source = Path(meta["source"]["path"]) if resumed else gpt.find_hub_folder(given["model_tag"])
     kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
-    if source and [*source.glob("config.json"), *source.glob("*/config.json")] or "hidden_size" in meta.get("model_config", ()):
+    if (
+        source
+        and [*source.glob("config.json"), *source.glob("*/config.json")]
+        or "hidden_size" in meta.get("model_config", ())
+    ):
         kind = "huggingface"
     flags = settle_flags(given, kind, meta.get("flags"), ranks.device)
     if flags.examples_per_step % ranks.size:
-        raise UserError(f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
-                        f"make it a multiple of {ranks.size}")
+        raise UserError(
+            f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
+            f"make it a multiple of {ranks.size}"
+        )
     if resumed:
         check_same_source(meta, source, flags)
         meta = {**meta, "flags": asdict(flags)}
     else:
         model, tokenizer, loaded = load_source(source, base, flags, ranks.device)
-        meta = {"model_config": loaded["model_config"], "flags": asdict(flags), "source": loaded["source"], "step": 0,
-                "wandb_id": os.urandom(4).hex()}
+        meta = {
+            "model_config": loaded["model_config"],
+            "flags": asdict(flags),
+            "source": loaded["source"],
+            "step": 0,
+            "wandb_id": os.urandom(4).hex(),
+        }
     model.recompute = flags.recompute
     set_template(tokenizer, flags, meta)
     return flags, model, tokenizer, meta, training
@@ -1282,20 +1477,24 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
     train, tests = load_task(flags)
     digest = digest_of(train, tests)
     if meta.setdefault("data_sha256", digest) != digest:
-        raise UserError("--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew")
+        raise UserError(
+            "--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew"
+        )
     train = keep_short(train, "train", tokenizer, limit)
     tests = {name: keep_short(part, name or "test", tokenizer, limit) for name, part in tests.items()}
     fewest = min(map(len, tests.values()))
     if not fewest or len(train) < flags.examples_per_step and flags.max_steps != 0:
-        raise UserError(f"{len(train)} training and {fewest} test questions are too few: lower --examples-per-step or "
-                        "--max-new-tokens")
+        raise UserError(
+            f"{len(train)} training and {fewest} test questions are too few: lower --examples-per-step or "
+            "--max-new-tokens"
+        )
     warn_of_markers(train or next(iter(tests.values())), tokenizer)
     return train, tests
 
 
 def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
-    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError, before
-    anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
+    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
+    before anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
@@ -1313,22 +1512,30 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
 def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
     prompt = examples[0].prompt
     if isinstance(prompt, str) and not tokenizer.markers & set(tokenizer.encode_raw(prompt)):
-        say(f"warning: --raw-prompt, but none of the model's own markers is in the first question: {shortened(prompt, 80)}")
+        say(
+            "warning: --raw-prompt, but none of the model's own markers is in the first question: "
+            + shortened(prompt, 80)
+        )
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's folder, until this process is done or dead. Raises UserError where another is in it."""
+    """Keeps other runs out of a run's folder, until this process is done or dead. Raises UserError where another is
+    in it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(out.with_name(f".{out.name}.lock"), "w")
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to") from error
+        raise UserError(
+            f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its own") from error
+            raise UserError(
+                f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its own"
+            ) from error
         yield
 
 
@@ -1343,7 +1550,9 @@ def make_folder(out: Path, fresh: bool) -> None:
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to") from error
+        raise UserError(
+            f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to"
+        ) from error
 
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
@@ -1356,8 +1565,14 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     ranks.broadcast(weights)
     optimizers = []
     if ranks.rank == 0:
-        optimizers = gpt.make_optimizers(model, flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay,
-                                         flags.matrix_optimizer)
+        optimizers = gpt.make_optimizers(
+            model,
+            flags.embedding_lr,
+            flags.unembedding_lr,
+            flags.matrix_lr,
+            flags.weight_decay,
+            flags.matrix_optimizer,
+        )
     if training:
         for optimizer, saved in zip(optimizers, training["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -1365,20 +1580,25 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
 
 
 def save(run: Run, learner: Learner) -> None:
-    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk refuses."""
+    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk
+    refuses."""
     model = learner.model
     learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    masters = {name: x for name, x in learned.items() if model.stored_types.get(name) != x.dtype}    # saved in another type
+    masters = {
+        name: x for name, x in learned.items() if model.stored_types.get(name) != x.dtype
+    }                                       # saved in another type
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
     try:
         gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
-    except (OSError, RuntimeError) as error:        # torch wraps what the disk says in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch wraps what the disk says in a RuntimeError
         reasons = [error, error.__context__, error.__cause__]
         if disk := next((reason for reason in reasons if isinstance(reason, OSError)), None):
-            raise UserError(f"cannot save to {run.out} ({gpt.one_line(disk)}): free some space and go on with --resume") from error
+            raise UserError(
+                f"cannot save to {run.out} ({gpt.one_line(disk)}): free some space and go on with --resume"
+            ) from error
         raise
     done = [path for path in sorted(run.out.glob("optim_*.pt")) if path.name <= f"optim_{run.step:06d}.pt"]
-    for path in done[:-run.flags.keep_last]:
+    for path in done[: -run.flags.keep_last]:
         path.unlink()
 
 
@@ -1401,14 +1621,17 @@ def advise(lines: list[dict]) -> None:
     steps = [line for line in lines if "reward" in line]
     solved = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
     if len(steps) == 10 and not any(solved) and all(line["all_wrong"] == 1 for line in steps):
-        say("nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
-            "--num-samples, an easier task, or a model that was taught the format (SFT)")
+        say(
+            "nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
+            "--num-samples, an easier task, or a model that was taught the format (SFT)"
+        )
     if len(steps) == 10 and all(value == 1 for value in solved + [line["all_right"] for line in steps]):
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 
 def train(run: Run, learner: Learner, ranks: Ranks) -> None:
-    """Evaluates, steps, logs and saves, to the end or until a rank is told to stop: then with the last whole step saved."""
+    """Evaluates, steps, logs and saves, to the end or until a rank is told to stop: then with the last whole step
+    saved."""
     flags = run.flags
     log = Log(run) if ranks.rank == 0 else None
     saved, failures, spent, first = run.step, 0, 0.0, run.step
@@ -1426,8 +1649,10 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
             advise(log.lines)
         failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
         if failures == 5:
-            raise UserError("the gradient was not finite five times in a row, and nothing more is saved: look at the rewards, "
-                            "lower the learning rates, and go on from the last checkpoint with --resume")
+            raise UserError(
+                "the gradient was not finite five times in a row, and nothing more is saved: look at the rewards, "
+                "lower the learning rates, and go on from the last checkpoint with --resume"
+            )
         run.step += 1
         if run.step % flags.save_every == 0 or run.step == run.num_steps:
             saved = run.step
@@ -1478,8 +1703,8 @@ def main(argv: list[str]) -> int:
             hint = f"cannot write to {run.out}: free some space and go on with --resume: " if full else ""
             if main_rank():
                 print(f"chat_rl: {hint}{error}", file=sys.stderr)
-    if dist.is_initialized() and status == 0:       # after a failure other ranks may wait in a collective: no goodbye
-        dist.barrier()                              # no rank leaves while another is still talking to it
+    if dist.is_initialized() and status == 0:  # after a failure other ranks may wait in a collective: no goodbye
+        dist.barrier()                      # no rank leaves while another is still talking to it
         dist.destroy_process_group()
     return status
 

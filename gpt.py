@@ -8,6 +8,7 @@ different shapes. Nothing here knows of a task, a reward or a training loop.
 Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens, S own and Lp shared positions, H query
 heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
+
 import ast
 import hashlib
 import itertools
@@ -26,7 +27,7 @@ from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import huggingface_hub
 import jinja2
@@ -88,7 +89,9 @@ class Ranks:
             return
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if self.device.type == "mps" and self.size > 1:
-            raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
+            raise UserError(
+                "--device-type mps runs in one process: start it with python, or take --device-type cpu"
+            )
         # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
         store, *_ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
         store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -138,11 +141,11 @@ class Ranks:
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:      # as nohup does
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.signalled and time.monotonic() - self.signalled > 1:     # one Ctrl-C can arrive twice under torchrun
+        if self.signalled and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
         self.signalled = self.signalled or time.monotonic()
         if self.working:
@@ -172,6 +175,7 @@ class Ranks:
 
 class Prefix(NamedTuple):
     """What completions read of their questions: one entry per question, right-padded."""
+
     lengths: Tensor                         # (P,) positions that are no padding
     hidden: Tensor                          # (P, C) hidden state of the last position, which predicts the first token
     embed: Tensor                           # (P, C) embedding of the last position, which smears into the next
@@ -197,7 +201,8 @@ class Cache:
 
     `Cache()` is empty. `Cache(prefix)` has one row per entry of the prefix; either takes one forward, which may be
     differentiated. `Cache(prefix, N, capacity)`, to decode with, has N rows for each entry, in order, and room for
-    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens, `size`.
+    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens,
+    `size`.
     """
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
@@ -209,7 +214,7 @@ class Cache:
         if prefix is None:
             return
         self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
-        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)           # each row's entry of the prefix
+        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)  # each row's entry of the prefix
         rows = self.to_device(self.groups)
         self.starts, self.last = prefix.lengths[rows], prefix.embed[rows].unsqueeze(1)
         if capacity:
@@ -226,15 +231,19 @@ class Cache:
 
     def mask(self, ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
         """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
-        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)  # counted from the completion's start
-        queries = keys[0, self.size:].unsqueeze(1)
+        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(
+            0
+        )                                   # counted from the completion's start
+        queries = keys[0, self.size :].unsqueeze(1)
         if self.prefix is not None:
             shared = torch.arange(self.prefix.kv.size(4), device=ids.device) - self.starts.unsqueeze(1)
-            shared = shared.masked_fill(shared >= 0, -2 ** 40)                            # padding is out of sight
+            shared = shared.masked_fill(shared >= 0, -(2**40))  # padding is out of sight
             keys = torch.cat([shared, keys.expand(len(shared), -1)], dim=1)
         distance = queries - keys.unsqueeze(1)
         unseen = (distance < 0) | (distance > window)
-        return torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+        return (
+            torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+        )
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
@@ -247,7 +256,7 @@ class Cache:
         new = torch.stack((k, v))
         if self.room is not None:
             end = self.size + k.size(2)
-            self.room[layer, :, :, :, self.size:end] = new
+            self.room[layer, :, :, :, self.size : end] = new
             new = self.room[layer, :, :, :, :end]
         self.own[layer] = new
         return new
@@ -261,7 +270,9 @@ class Cache:
             own = torch.cat([self.shared[layer], own], dim=3)
         return F.scaled_dot_product_attention(q, *own, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    def attend_in_groups(self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def attend_in_groups(
+        self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (P, G, Lp, D)."""
         (B, H, T, D), G = q.shape, k.size(1)
         q = q.reshape(B, G, H // G * T, D)
@@ -287,8 +298,8 @@ class Cache:
         kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
         index = self.to_device(rows)
         for x in self.room:
-            x[:, :len(rows), :, :self.size] = x[:, :, :, :self.size].index_select(1, index)
-        self.room = self.room[:, :, :len(rows)]
+            x[:, : len(rows), :, : self.size] = x[:, :, :, : self.size].index_select(1, index)
+        self.room = self.room[:, :, : len(rows)]
         self.starts, self.last = self.starts.index_select(0, index), self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
             self.prefix = self.prefix.rows(self.to_device(kept))
@@ -308,6 +319,7 @@ class Cache:
 @dataclass(frozen=True)
 class Config:
     """An architecture. The defaults are the plain Llama decoder; a family is a few keywords over them."""
+
     vocab_size: int                         # ids that can be sampled
     vocab_rows: int                         # height of the embedding and unembedding tables
     n_layer: int
@@ -339,33 +351,58 @@ class Config:
 
 
 SMEAR_WIDTH = 24
-NANOCHAT = dict(norm_weights=False, norm_eps=None, embed_norm=True, gated_mlp=False, qk_norm="after", rope_sign=-1,
-                softcap=15.0)
+NANOCHAT = dict(
+    norm_weights=False, norm_eps=None, embed_norm=True, gated_mlp=False, qk_norm="after", rope_sign=-1, softcap=15.0
+)
 GENERATIONS = {                             # of nanochat's model; a checkpoint's keys tell which one it is
     "classic": dict(rope_rounded=True),
     "winter": dict(rope_rounded=True, lambdas=True, value_gate=32, value_scale=2.0),
     "spring": dict(rope_base=1e5, qk_scale=1.15, lambdas=True, value_gate=12, value_scale=3.0),
     "current": dict(rope_base=1e5, qk_scale=1.2, lambdas=True, value_gate=12, value_scale=3.0, smear=True),
 }
-SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}    # part of sequence_len, rounded up to a multiple
+SHORT_WINDOWS = {
+    "winter": (2, 1),
+    "spring": (3, 128),
+    "current": (4, 128),
+}                                           # part of sequence_len, rounded up to a multiple
 
 
 def rounded_up(n: float, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-def nanochat_config(generation: str, sequence_len: int, vocab_size: int, n_layer: int, n_head: int, n_kv_head: int,
-                    n_embd: int, window_pattern: str = "L", vocab_rows: int | None = None) -> Config:
-    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are padded to
-    a multiple of 64 rows unless `vocab_rows` says otherwise."""
+def nanochat_config(
+    generation: str,
+    sequence_len: int,
+    vocab_size: int,
+    n_layer: int,
+    n_head: int,
+    n_kv_head: int,
+    n_embd: int,
+    window_pattern: str = "L",
+    vocab_rows: int | None = None,
+) -> Config:
+    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are
+    padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
     windows = ()
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
         reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
-        windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[:n_layer - 1] + "L")
-    return Config(vocab_size, vocab_rows or rounded_up(vocab_size, 64), n_layer, n_head, n_kv_head, n_embd,
-                  head_dim=n_embd // n_head, mlp_width=4 * n_embd, max_positions=sequence_len, windows=windows,
-                  **NANOCHAT, **GENERATIONS[generation])
+        windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[: n_layer - 1] + "L")
+    return Config(
+        vocab_size,
+        vocab_rows or rounded_up(vocab_size, 64),
+        n_layer,
+        n_head,
+        n_kv_head,
+        n_embd,
+        head_dim=n_embd // n_head,
+        mlp_width=4 * n_embd,
+        max_positions=sequence_len,
+        windows=windows,
+        **NANOCHAT,
+        **GENERATIONS[generation],
+    )
 
 
 # model_type: the family's fields of Config, and what transformers takes for keys that are absent
@@ -402,7 +439,7 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
     field, on whatever would be run wrong."""
     Fields(raw).only("model_type", *FAMILIES)
     family, defaults = FAMILIES[raw["model_type"]]
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}      # in transformers 5's order
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
     Fields(raw).expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
     read = Fields(raw)
@@ -411,7 +448,7 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
     rows = read.number("vocab_size")
     read.only("hidden_act", None, "silu")
     read.only("layer_types", None, ["full_attention"] * layers)
-    read.only("full_attention", None)                   # RoPE's settings by the type of layer
+    read.only("full_attention", None)       # RoPE's settings by the type of layer
     read.only("partial_rotary_factor", None, 1)
     read.only("rope_type", "default", "llama3")
     for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
@@ -420,22 +457,30 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
     read.expect(head_dim % 2 == 0, "head_dim", "even numbers")
     read.expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
     scaling = [read.number(name, kind=float) for name in LLAMA3] if raw["rope_type"] == "llama3" else ()
-    return Config(vocab_size, rows, layers, heads, kv_heads, width, head_dim,
-                  mlp_width=read.number("intermediate_size"),
-                  max_positions=read.number("max_position_embeddings"),
-                  tied=read.number("tie_word_embeddings", False, bool),
-                  norm_eps=read.number("rms_norm_eps", 1e-6, float),
-                  rope_base=read.number("rope_theta", 1e4, float),
-                  rope_scaling=tuple(scaling),
-                  **family)
+    return Config(
+        vocab_size,
+        rows,
+        layers,
+        heads,
+        kv_heads,
+        width,
+        head_dim,
+        mlp_width=read.number("intermediate_size"),
+        max_positions=read.number("max_position_embeddings"),
+        tied=read.number("tie_word_embeddings", False, bool),
+        norm_eps=read.number("rms_norm_eps", 1e-6, float),
+        rope_base=read.number("rope_theta", 1e4, float),
+        rope_scaling=tuple(scaling),
+        **family,
+    )
 
 
 LORA_ALPHA = 32
 
 
 class Linear(nn.Linear):
-    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al. 2021):
-    W + α / rank · B·A, of which W is frozen."""
+    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al.
+    2021): W + α / rank · B·A, of which W is frozen."""
 
     def __init__(self, width: int, height: int, bias: bool = False, rank: int = 0):
         super().__init__(width, height, bias)
@@ -469,10 +514,12 @@ class Norm(nn.Module):
 
 def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (B, 1, T, D/2) each."""
-    frequencies = 1.0 / config.rope_base ** (torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
+    frequencies = 1.0 / config.rope_base ** (
+        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    )
     if config.rope_scaling:
         factor, low, high, reach = config.rope_scaling
-        turns = reach * frequencies / (2 * math.pi)             # in the positions that the model was first trained on
+        turns = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
@@ -506,7 +553,7 @@ class Attention(nn.Module):
         c = self.config
         heads = [linear(x).unflatten(-1, (-1, c.head_dim)) for linear in (self.c_q, self.c_k, self.c_v)]
         if value is not None:
-            gate = c.value_scale * torch.sigmoid(self.ve_gate(x[..., :c.value_gate]))
+            gate = c.value_scale * torch.sigmoid(self.ve_gate(x[..., : c.value_gate]))
             heads[2] = heads[2] + gate.unsqueeze(-1) * value.view_as(heads[2])
         q, k, v = (head.transpose(1, 2) for head in heads)
         if c.qk_norm == "before":
@@ -514,7 +561,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if c.qk_norm == "after":
             q, k = self.q_norm(q), self.k_norm(k)
-        y = cache.attend(self.layer, q, k, v, mask, c.qk_scale ** 2 / math.sqrt(c.head_dim))
+        y = cache.attend(self.layer, q, k, v, mask, c.qk_scale**2 / math.sqrt(c.head_dim))
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -544,7 +591,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are nanochat's."""
+    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are
+    nanochat's."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -552,13 +600,16 @@ class GPT(nn.Module):
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
         C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))})
+        self.transformer = nn.ModuleDict(
+            {"wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))}
+        )
         self.norm = Norm(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
         gated = [str(i) for i, block in enumerate(self.transformer.h) if hasattr(block.attn, "ve_gate")]
-        self.value_embeds = nn.ModuleDict({i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated})
+        self.value_embeds = nn.ModuleDict(
+            {i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated}
+        )
         if config.lambdas:
             self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
         if config.smear:
@@ -593,7 +644,7 @@ class GPT(nn.Module):
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache, config = cache or Cache(), self.config
         rope = rope_of(config, cache.positions(ids), self.dtype)
-        windows = config.windows or (2 ** 30,) * config.n_layer
+        windows = config.windows or (2**30,) * config.n_layer
         masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
@@ -606,7 +657,11 @@ class GPT(nn.Module):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            run = partial(checkpoint, block, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block
+            run = (
+                partial(checkpoint, block, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block
+            )
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
@@ -618,7 +673,7 @@ class GPT(nn.Module):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
         table = self.transformer.wte if self.config.tied else self.lm_head
-        return F.linear(hidden, table.weight.to(hidden.dtype))[..., :self.config.vocab_size].float()
+        return F.linear(hidden, table.weight.to(hidden.dtype))[..., : self.config.vocab_size].float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size)."""
@@ -646,8 +701,15 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 def evaluate(node: ast.AST) -> int | float:
@@ -665,15 +727,15 @@ def evaluate(node: ast.AST) -> int | float:
 
 
 def calculate(expression: str) -> str | None:
-    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has nothing
-    to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
+    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
+    nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
     arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
     counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
     if len(expression) > 200 or not (arithmetic or counting):
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):      # the parser's, on what only looks like a number
+        with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
             value = evaluate(ast.parse(expression, mode="eval").body)
         if not math.isfinite(value):
             return None
@@ -688,12 +750,22 @@ def calculate(expression: str) -> str | None:
 class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
-    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the `files`
-    that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none).
+    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the
+    `files` that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers
+    (−1: none).
     """
 
-    SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end",
-               "python_start", "python_end", "output_start", "output_end")
+    SPECIAL = (
+        "bos",
+        "user_start",
+        "user_end",
+        "assistant_start",
+        "assistant_end",
+        "python_start",
+        "python_end",
+        "output_start",
+        "output_end",
+    )
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
@@ -716,8 +788,8 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def render(self, messages: list[dict]) -> list[int]:
-        """The chat up to where the assistant begins to speak. Messages have a role (system, which may come first, user,
-        assistant) and a content; a system text stands at the head of the first user turn."""
+        """The chat up to where the assistant begins to speak. Messages have a role (system, which may come first,
+        user, assistant) and a content; a system text stands at the head of the first user turn."""
         if messages[0]["role"] == "system":
             system, first, *rest = messages
             messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
@@ -729,18 +801,21 @@ class Tokenizer:
         return [*ids, self.assistant_start]
 
     def answer_call(self, ids: list[int]) -> list[int]:
-        """What is forced after a completion's call, which its last token has closed: the value of what stands between the
-        last python_start and this python_end. Empty where there is no call or no value."""
+        """What is forced after a completion's call, which its last token has closed: the value of what stands
+        between the last python_start and this python_end. Empty where there is no call or no value."""
         body = ids[:-1]
-        start = max((i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None)
+        start = max(
+            (i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None
+        )
         if start is None or body[start] == self.python_end:
             return []
-        result = calculate(self.decode(body[start + 1:]))
+        result = calculate(self.decode(body[start + 1 :]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
 
 
 class GenerationTag(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}, around what the assistant says, prints its body."""
+
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list:
@@ -748,8 +823,13 @@ class GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-            sort_keys: bool = False) -> str:
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -760,8 +840,9 @@ def refuse(*reason: Any) -> None:
 @lru_cache
 def compiled(template: str) -> jinja2.Template:
     """A chat template, as transformers compiles it. It is a stranger's code: it runs in the sandbox."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[GenerationTag, jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.unsafe_undefined = refuse   # by jinja's default, what is forbidden is undefined
@@ -771,29 +852,39 @@ def compiled(template: str) -> jinja2.Template:
 class ChatTokenizer:
     """Hugging Face's: a tokenizer.json and a chat template, out of the `files` of a model's folder. Text that spells a
     special token becomes that token, in messages too."""
+
     call_end = -1                           # no calculator
 
     def __init__(self, files: dict[str, bytes]):
         """Raises UserError on files that will not do."""
         self.files = files
-        self.variables, self.date = {}, date.today().isoformat()        # of the template; what it takes for today
+        self.variables, self.date = {}, date.today().isoformat()  # of the template; what it takes for today
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
         except Exception as error:          # the library raises no other class
             raise UserError(f"tokenizer.json is missing or broken ({one_line(error)}): fetch it again") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size, self.markers = 1 + max(self.tokenizer.get_vocab().values()), set(self.tokenizer.get_added_tokens_decoder())
-        settings, *others = (read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
-        self.special = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()
-                        if name.endswith("_token") and isinstance(value, (str, dict))}
+        self.vocab_size, self.markers = 1 + max(self.tokenizer.get_vocab().values()), set(
+            self.tokenizer.get_added_tokens_decoder()
+        )
+        settings, *others = (
+            read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        self.special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name.endswith("_token") and isinstance(value, (str, dict))
+        }
         own = settings.get("chat_template")
         if isinstance(own, list):
             own = {entry["name"]: entry["template"] for entry in own}.get("default")
         try:
             self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
         except UnicodeDecodeError as error:
-            raise UserError(f"chat_template.jinja is no text ({error}): give another by --chat-template FILE") from error
+            raise UserError(
+                f"chat_template.jinja is no text ({error}): give another by --chat-template FILE"
+            ) from error
         if not self.template:
             raise UserError("the model has no chat template: give one by --chat-template FILE")
         eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
@@ -812,20 +903,36 @@ class ChatTokenizer:
     def render_text(self, messages: list[dict], **variables: Any) -> str:
         """A chat as the template writes it, up to where the assistant begins to speak unless the last message is the
         assistant's. `variables` are the template's. Raises UserError where it fails."""
-        known = {"tools": None, "documents": None, "add_generation_prompt": messages[-1]["role"] != "assistant",
-                 "strftime_now": datetime.fromisoformat(self.date).strftime, **self.special, **self.variables, **variables}
+        known = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": messages[-1]["role"] != "assistant",
+            "strftime_now": datetime.fromisoformat(self.date).strftime,
+            **self.special,
+            **self.variables,
+            **variables,
+        }
         try:
             return compiled(self.template).render({**known, "messages": messages})
         except Exception as error:          # a template can fail in any way there is
-            raise UserError(f"the chat template fails ({one_line(error)}): give another by --chat-template FILE") from error
+            raise UserError(
+                f"the chat template fails ({one_line(error)}): give another by --chat-template FILE"
+            ) from error
 
     def render(self, messages: list[dict], **variables: Any) -> list[int]:
         return self.encode(self.render_text(messages, **variables))
 
     def turn_end(self) -> list[int]:
         """The added token that the template writes after what the assistant says, if it does."""
-        chat = self.render_text([{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}])
-        return [token for after in chat.split("Agreed.")[1:] for token in self.encode(after.lstrip())[:1] if token in self.markers]
+        chat = self.render_text(
+            [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
+        )
+        return [
+            token
+            for after in chat.split("Agreed.")[1:]
+            for token in self.encode(after.lstrip())[:1]
+            if token in self.markers
+        ]
 
 
 def read_json(files: dict[str, bytes], name: str) -> dict:
@@ -843,6 +950,7 @@ def read_json(files: dict[str, bytes], name: str) -> dict:
 @dataclass(frozen=True)
 class Policy:
     """The softmax of the softcapped logits over the temperature, cut to the top k."""
+
     temperature: float = 1.0
     top_k: int = 50                         # 0: all; 1: greedy
     softcap: float = 0.0                    # the model's; 0: none
@@ -851,16 +959,16 @@ class Policy:
         return softcap(logits, self.softcap) / self.temperature
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and their
-        token ids (..., k). With top_k 0 all V of them, in the order of their ids (None)."""
+        """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and
+        their token ids (..., k). With top_k 0 all V of them, in the order of their ids (None)."""
         if not self.top_k:
             return self.scores(logits), None
-        values, ids = logits.topk(min(self.top_k, logits.size(-1)))        # a softcap keeps the order
+        values, ids = logits.topk(min(self.top_k, logits.size(-1)))  # a softcap keeps the order
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,), their
-        logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
+        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,),
+        their logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
@@ -881,7 +989,7 @@ class Policy:
         return chosen.squeeze(-1) - scores.logsumexp(dim=-1)
 
 
-LOGITS_AT_ONCE = 2 ** 24
+LOGITS_AT_ONCE = 2**24
 
 
 def pieces(model: GPT, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -897,6 +1005,7 @@ def pieces(model: GPT, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 @dataclass
 class Completion:
     """What was sampled, token by token, with the stop token where there is one."""
+
     tokens: list[int]
     mask: list[bool]                        # False where the calculator forced the token
     logprobs: list[float]                   # under the policy it was drawn from; 0 where forced
@@ -905,22 +1014,29 @@ class Completion:
 
 def mix(x: Tensor) -> Tensor:
     """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ ((x >> 30) & (2 ** 34 - 1))) * (0xBF58476D1CE4E5B9 - 2 ** 64)
-    x = (x ^ ((x >> 27) & (2 ** 37 - 1))) * (0x94D049BB133111EB - 2 ** 64)
-    return x ^ ((x >> 31) & (2 ** 33 - 1))
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def fold(*counters: int | Tensor) -> Tensor:
     """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
     state = torch.zeros((), dtype=torch.int64)
     for counter in counters:
-        state = mix((state + (0x9E3779B97F4A7C15 - 2 ** 64)) ^ torch.as_tensor(counter))
+        state = mix((state + (0x9E3779B97F4A7C15 - 2**64)) ^ torch.as_tensor(counter))
     return state
 
 
 def to_uniform(x: Tensor) -> Tensor:
     """Random int64 -> float32 in [0, 1)."""
-    return ((x >> 40) & (2 ** 24 - 1)).float() / 2 ** 24
+    return ((x >> 40) & (2**24 - 1)).float() / 2**24
+
+
+def streams(seed: int, keys: Iterable[int], num_samples: int, device: torch.device) -> Tensor:
+    """A stream of random numbers for each sample of each key: (P·N,)."""
+    names = torch.tensor(list(keys), device=device)
+    samples = torch.arange(num_samples, device=device)
+    return fold(seed, names.repeat_interleave(num_samples), samples.repeat(len(names)))
 
 
 class Transcript:
@@ -929,22 +1045,37 @@ class Transcript:
     def __init__(self, tokenizer: Tokenizer, num_rows: int, max_new_tokens: int):
         self.tokenizer = tokenizer
         self.tokens = numpy.zeros((num_rows, max_new_tokens), dtype=numpy.int64)
-        self.forced = numpy.full_like(self.tokens, -1)      # −1: sampled
+        self.forced = numpy.full_like(self.tokens, -1)  # −1: sampled
         self.lengths = numpy.zeros(num_rows, dtype=numpy.int64)
 
+    def impose(self, t: int, rows: numpy.ndarray, tokens: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts what is forced at position t of the rows in place of tokens (B,), and 0 in that of figures (2, B)."""
+        forced = self.forced[rows, t]
+        if forced.max() < 0:
+            return tokens, figures
+        forced = torch.from_numpy(forced).to(tokens.device)
+        return torch.where(forced >= 0, forced, tokens), figures.masked_fill(forced >= 0, 0.0)
+
     def write(self, t: int, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have ended."""
+        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have
+        ended."""
         self.tokens[rows, t] = tokens
         self.lengths[rows] = t + 1
         for row in rows[tokens == self.tokenizer.call_end]:
-            result = self.tokenizer.answer_call(self.tokens[row, :t + 1].tolist())
-            place = self.forced[row, t + 1:t + 1 + len(result)]
-            place[:] = result[:len(place)]
+            result = self.tokenizer.answer_call(self.tokens[row, : t + 1].tolist())
+            place = self.forced[row, t + 1 : t + 1 + len(result)]
+            place[:] = result[: len(place)]
         full = t + 1 == self.tokens.shape[1]
         return numpy.isin(tokens, self.tokenizer.stops) | full
 
     def completions(self, logprobs: Tensor, entropy: Tensor) -> list[Completion]:
-        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs.tolist(), entropy.tolist(), self.lengths.tolist()
+        columns = (
+            self.tokens.tolist(),
+            (self.forced < 0).tolist(),
+            logprobs.tolist(),
+            entropy.tolist(),
+            self.lengths.tolist(),
+        )
         return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
 
 
@@ -973,36 +1104,38 @@ class Sampler:
         return tuple(map(torch.cat, zip(*drawn)))
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], num_samples: int, max_new_tokens: int, policy: Policy, seed: int = 0,
-                 keys: list[int] | None = None, progress: Callable[[int], None] | None = None) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_new_tokens: int,
+        policy: Policy,
+        seed: int = 0,
+        keys: list[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
         """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
 
-        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
-        places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
-        `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past the
-        model's last position.
+        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by
+        their places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced
+        ones included. `progress` is told after each position how many have ended. All prompts run as one batch.
+        Raises ValueError past the model's last position.
         """
         longest, reach = max(map(len, prompts)) + max_new_tokens, self.model.config.max_positions
         if longest > reach:
-            raise ValueError(f"prompt and completion have {longest} tokens, more than the model's {reach} positions")
+            raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
         device, B = self.model.device, len(prompts) * num_samples
         prefix = prefill(self.model, prompts)
         cache = Cache(prefix, num_samples, max_new_tokens)
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
-        names = torch.tensor(range(len(prompts)) if keys is None else keys, device=device).repeat_interleave(num_samples)
-        stream = fold(seed, names, torch.arange(num_samples, device=device).repeat(len(prompts)))
-        figures = torch.zeros(2, B, max_new_tokens, device=device)          # logprobs and entropies of sampled tokens
+        stream = streams(seed, range(len(prompts)) if keys is None else keys, num_samples, device)
+        figures = torch.zeros(2, B, max_new_tokens, device=device)  # logprobs and entropies of sampled tokens
         transcript = Transcript(self.tokenizer, B, max_new_tokens)
         rows, live, running = torch.arange(B, device=device), numpy.arange(B), numpy.ones(B, dtype=bool)
         for t in range(max_new_tokens):
             token, *figure = self.draw(hidden, to_uniform(fold(stream, t)), policy)
-            figure = torch.stack(figure)
-            forced = transcript.forced[live, t]
-            if forced.max() >= 0:
-                forced = torch.from_numpy(forced).to(device)
-                token, figure = torch.where(forced >= 0, forced, token), figure.masked_fill(forced >= 0, 0.0)
-            figures[:, rows, t] = figure
-            said = token.cpu().numpy()                                      # the one wait for the device
+            token, figures[:, rows, t] = transcript.impose(t, live, token, torch.stack(figure))
+            said = token.cpu().numpy()      # the one wait for the device
             ended = transcript.write(t, live[running], said[running])
             running[running] = ~ended
             if progress:
@@ -1015,40 +1148,62 @@ class Sampler:
                 live, running = live[running], running[running]
             hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
         completions = transcript.completions(*figures)
-        return [completions[i:i + num_samples] for i in range(0, B, num_samples)]
+        return [completions[i : i + num_samples] for i in range(0, B, num_samples)]
 
 
-def completion_logprobs(model: GPT, prefix: Prefix, completions: list[Completion], policy: Policy) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    model: GPT, prefix: Prefix, completions: list[Completion], policy: Policy
+) -> tuple[Tensor, Tensor]:
     """Logprobs (M,) of the completions' sampled tokens, and the row (M,) of each. The entries of `prefix` are their
     questions. Forced tokens are attended to, but have no logprob. The same in any batch, to rounding."""
     tokens = pad([c.tokens for c in completions], model.device)
     sampled = pad([c.mask for c in completions], model.device).bool()
-    hidden = torch.cat([prefix.hidden.unsqueeze(1), model(tokens[:, :-1], Cache(prefix))], dim=1)      # (B, T, C)
+    hidden = torch.cat([prefix.hidden.unsqueeze(1), model(tokens[:, :-1], Cache(prefix))], dim=1)  # (B, T, C)
 
     def logprobs(hidden: Tensor, tokens: Tensor) -> Tensor:
         return policy.logprobs(model.unembed(hidden), tokens)
 
     parts = pieces(model, hidden[sampled], tokens[sampled])
-    run = partial(checkpoint, logprobs, use_reentrant=False) if len(parts) > 1 else logprobs    # logits are made again
+    run = (
+        partial(checkpoint, logprobs, use_reentrant=False) if len(parts) > 1 else logprobs
+    )                                       # logits are made again
     return torch.cat([run(*part) for part in parts]), sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-         "chat_template.jinja")             # of Hugging Face's folders, besides weights
-BLOCK = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.c_q": "self_attn.q_proj",
-         "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
-         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "mlp.c_fc": "mlp.up_proj",
-         "mlp.c_gate": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)                                           # of Hugging Face's folders, besides weights
+BLOCK = {
+    "norm_1": "input_layernorm",
+    "norm_2": "post_attention_layernorm",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
 
 
 def huggingface_names(n_layer: int) -> dict[str, str]:
     """GPT's names of parameters -> Hugging Face's, for all that a family here can have."""
     modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-    modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}"
-                for i in range(n_layer) for ours, theirs in BLOCK.items()}
+    modules |= {
+        f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}"
+        for i in range(n_layer)
+        for ours, theirs in BLOCK.items()
+    }
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
 
 
@@ -1116,21 +1271,26 @@ def seal(meta: dict) -> str:
 def checkpoint_steps(directory: str | Path) -> list[int]:
     """The steps that have both a model and a meta file, ascending."""
     metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in Path(directory).glob("meta_*.json"))
-    return sorted(int(m[1]) for m in metas if m and any(Path(directory, name).exists() for name in (f"model_{m[1]}.pt", m[1])))
+    return sorted(
+        int(m[1]) for m in metas if m and any(Path(directory, name).exists() for name in (f"model_{m[1]}.pt", m[1]))
+    )
 
 
 def find_step(directory: Path, step: int | None) -> int:
     """That step, or else the last. Raises UserError where it is not there."""
     steps = checkpoint_steps(directory)
     if not steps or step not in (None, *steps):
-        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
-                        if step is not None else f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
+        raise UserError(
+            f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
+            if step is not None
+            else f"no checkpoint (model_*.pt with meta_*.json) in {directory}"
+        )
     return steps[-1] if step is None else step
 
 
 def huggingface_folder(directory: Path, step: int | None) -> Path | None:
-    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None where the
-    checkpoint is nanochat's."""
+    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None
+    where the checkpoint is nanochat's."""
     if (directory / "config.json").exists():
         return directory
     folder = directory / f"{find_step(directory, step):06d}"
@@ -1145,12 +1305,18 @@ def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
     return [path for path in (folder / name for name in FILES) if path.exists()] + weight_paths(folder)
 
 
-def load_checkpoint(directory: str | Path, step: int | None = None, device: str | torch.device = "cpu",
-                    dtype: torch.dtype = torch.float32, lora_rank: int = 0, template: str | None = None) -> tuple[GPT, Any, dict]:
-    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one), from one
-    in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in `sha256`.
-    Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the file, on whatever
-    is missing, broken or foreign."""
+def load_checkpoint(
+    directory: str | Path,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
+    template: str | None = None,
+) -> tuple[GPT, Any, dict]:
+    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
+    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
+    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
+    file, on whatever is missing, broken or foreign."""
     directory = Path(directory)
     folder = huggingface_folder(directory, step)
     meta = {} if folder == directory else load_meta(directory / f"meta_{find_step(directory, step):06d}.json")
@@ -1202,13 +1368,17 @@ def load_tokenizer(path: Path, digests: dict[str, str]) -> Tokenizer:
         raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
 
 
-def load_nanochat(directory: Path, step: int, meta: dict, device: str | torch.device) -> tuple[Config, dict, Tokenizer]:
+def load_nanochat(
+    directory: Path, step: int, meta: dict, device: str | torch.device
+) -> tuple[Config, dict, Tokenizer]:
     """A nanochat checkpoint's architecture, weights and tokenizer."""
     tokenizer = load_tokenizer(find_tokenizer(directory), meta["sha256"])
     vocab_size, path = meta["model_config"]["vocab_size"], directory / f"model_{step:06d}.pt"
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, meta_{step:06d}.json says {vocab_size}: put the "
-                        f"tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, meta_{step:06d}.json says {vocab_size}: put the "
+            f"tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}"
+        )
     content = read_file(path, meta["sha256"])
     try:
         state = torch.load(content, map_location=device, weights_only=True)
@@ -1229,20 +1399,24 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index names."""
+    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index
+    names."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map") if index.exists() else {}
     if not names or not isinstance(names, dict):
-        raise UserError(f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}")
+        raise UserError(
+            f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}"
+        )
     return [folder / name for name in sorted(set(map(str, names.values())))]
 
 
-def load_huggingface(folder: Path, digests: dict[str, str], device: str | torch.device,
-                     template: str | None = None) -> tuple[Config, dict, ChatTokenizer]:
-    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own, quoted)
-    and tokenizer."""
+def load_huggingface(
+    folder: Path, digests: dict[str, str], device: str | torch.device, template: str | None = None
+) -> tuple[Config, dict, ChatTokenizer]:
+    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
+    quoted) and tokenizer."""
     files = {path.name: read_file(path, digests)[:] for path in (folder / name for name in FILES) if path.exists()}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
@@ -1263,8 +1437,10 @@ def load_huggingface(folder: Path, digests: dict[str, str], device: str | torch.
     if config.tied and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("transformer.wte.weight", head)):
-            raise UserError(f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
-                            "tie_word_embeddings: set that to false if the file's lm_head is meant")
+            raise UserError(
+                f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
+                "tie_word_embeddings: set that to false if the file's lm_head is meant"
+            )
     return config, state, tokenizer
 
 
@@ -1273,8 +1449,10 @@ def check_memory(config: Config) -> None:
     needed = 2 * sum(p.numel() for p in empty_model(config, torch.float32).parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
-        raise UserError(f"the weights need {needed / 1e9:,.0f} GB of memory, and this machine has {there / 1e9:,.0f}: take a "
-                        "smaller model")
+        raise UserError(
+            f"the weights need {needed / 1e9:,.0f} GB of memory, and this machine has {there / 1e9:,.0f}: take a "
+            "smaller model"
+        )
 
 
 def empty_model(config: Config, dtype: torch.dtype) -> GPT:
@@ -1291,11 +1469,15 @@ def build(config: Config, state: dict[str, Tensor], device: str | torch.device, 
     model = empty_model(config, dtype)
     expected = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
     if odd := sorted(expected.keys() ^ state.keys()):
-        raise UserError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here")
+        raise UserError(
+            f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here"
+        )
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape or not tensor.is_floating_point():
-            raise UserError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
-                            f"{tuple(expected[key].shape)}, as the config says")
+            raise UserError(
+                f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
+                f"{tuple(expected[key].shape)}, as the config says"
+            )
     kept = dtype if config.lora_rank else torch.float32
     model.load_state_dict({key: tensor.to(kept) for key, tensor in state.items()}, assign=True, strict=False)
     model.requires_grad_(not config.lora_rank)
@@ -1326,15 +1508,18 @@ def saved_weights(model: GPT) -> dict[str, Tensor]:
     return {key: x.detach().to("cpu", model.stored_types.get(key)) for key, x in state.items()}
 
 
-Contents = dict[str, bytes | dict[str, Tensor]]             # of a folder: bytes, or tensors that become safetensors
+Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensors that become safetensors
 
 
-def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10 ** 9) -> Contents:
-    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit` bytes (or
-    of one tensor) and their index."""
+def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
+    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
+    bytes (or of one tensor) and their index."""
     names, shards, room = huggingface_names(config.n_layer), [], 0
-    tensors = {names[key]: tensor.contiguous() for key, tensor in state.items()
-               if not (config.tied and key == "lm_head.weight")}
+    tensors = {
+        names[key]: tensor.contiguous()
+        for key, tensor in state.items()
+        if not (config.tied and key == "lm_head.weight")
+    }
     for name, tensor in tensors.items():
         if tensor.nbytes > room:
             shards.append({})
@@ -1344,21 +1529,32 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10 *
     if len(shards) == 1:
         return {"model.safetensors": tensors}
     files = {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-             "weight_map": {name: file for file, shard in files.items() for name in shard}}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, shard in files.items() for name in shard},
+    }
     return {**files, "model.safetensors.index.json": json.dumps(index, indent=2).encode()}
 
 
 def adapter_files(adapters: dict[str, tuple[Tensor, Tensor]], alpha: int, base: str, config: Config) -> Contents:
-    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R). `base`:
-    the name of the model that it belongs to."""
+    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R).
+    `base`: the name of the model that it belongs to."""
     names = huggingface_names(config.n_layer)
     modules = {names[key].removesuffix(".weight"): pair for key, pair in adapters.items()}
-    tensors = {f"base_model.model.{module}.lora_{side}.weight": matrix.contiguous()
-               for module, pair in modules.items() for side, matrix in zip("AB", pair)}
-    rank = len(next(iter(tensors.values())))                # rows of an A
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-                "lora_alpha": alpha, "target_modules": sorted({module.split(".")[-1] for module in modules})}
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": matrix.contiguous()
+        for module, pair in modules.items()
+        for side, matrix in zip("AB", pair)
+    }
+    rank = len(next(iter(tensors.values())))  # rows of an A
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({module.split(".")[-1] for module in modules}),
+    }
     return {"adapter_config.json": json.dumps(settings, indent=2).encode(), "adapter_model.safetensors": tensors}
 
 
@@ -1369,9 +1565,14 @@ def checkpoint_contents(step: int, model: GPT, tokenizer: Any) -> dict[str, Any]
         return {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
     contents = {**tokenizer.files, **weight_files(state, model.config)}
     if model.config.lora_rank:
-        pairs = {name + ".weight": (module.lora_a.detach().cpu(), module.lora_b.detach().cpu())
-                 for name, module in model.named_modules() if isinstance(module, Linear) and module.lora_a is not None}
-        adapter = adapter_files(pairs, LORA_ALPHA, read_json(tokenizer.files, "config.json").get("_name_or_path", ""), model.config)
+        pairs = {
+            name + ".weight": (module.lora_a.detach().cpu(), module.lora_b.detach().cpu())
+            for name, module in model.named_modules()
+            if isinstance(module, Linear) and module.lora_a is not None
+        }
+        adapter = adapter_files(
+            pairs, LORA_ALPHA, read_json(tokenizer.files, "config.json").get("_name_or_path", ""), model.config
+        )
         contents |= {f"adapter/{name}": content for name, content in adapter.items()}
     return {f"{step:06d}/{name}": content for name, content in contents.items()}
 
@@ -1384,11 +1585,13 @@ def write_content(content: Any, file: Any) -> None:
         file.write(content if isinstance(content, bytes) else safetensors.torch.save(content, {"format": "pt"}))
 
 
-def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Any, meta: dict, training: dict | None = None) -> None:
-    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt, or Hugging
-    Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt where `training` is
-    given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have the types that they were
-    loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+def save_checkpoint(
+    directory: str | Path, step: int, model: GPT, tokenizer: Any, meta: dict, training: dict | None = None
+) -> None:
+    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
+    or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
+    where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
+    the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
     directory = Path(directory)
     meta = {**meta, "step": step, "sha256": {}}
 
@@ -1399,7 +1602,9 @@ def save_checkpoint(directory: str | Path, step: int, model: GPT, tokenizer: Any
 
     def write_meta() -> None:
         meta["seal"] = seal(meta)
-        write_file(directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode()))
+        write_file(
+            directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode())
+        )
 
     for name, content in checkpoint_contents(step, model, tokenizer).items():
         write(name, content)
@@ -1420,13 +1625,17 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
 
 
 def find_hub_folder(name: str) -> Path:
-    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor can be
-    fetched, or is there in part."""
+    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
+    can be fetched, or is there in part."""
     mend = "fetch it elsewhere and give its folder to --model-tag"
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "*.safetensors", "*.index.json"]))
+        folder = Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "*.safetensors", "*.index.json"])
+        )
     except Exception as error:              # networks fail in many ways
-        raise UserError(f"{name} is no folder and cannot be had from the hub: {mend} ({one_line(error)})") from error
+        raise UserError(
+            f"{name} is no folder and cannot be had from the hub: {mend} ({one_line(error)})"
+        ) from error
     for path in folder.iterdir():
         if not path.exists():
             raise UserError(f"the cached {name} is incomplete, {path} is missing: go online, or {mend}")
@@ -1438,12 +1647,16 @@ def find_hub_folder(name: str) -> Path:
 
 # Quintic polynomials that take singular values to 1, fastest in the worst case (Polar Express, Amsel et al. 2025, arXiv
 # 2505.16932), with the paper's safety factor of 1.01 in all but the input's norm.
-POLAR_EXPRESS = [(a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673))]
+POLAR_EXPRESS = [
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+]
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -1482,28 +1695,39 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(u, alpha=rate)
 
 
-def make_optimizers(model: GPT, embedding_lr: float = 0.2, unembedding_lr: float = 0.004, matrix_lr: float = 0.02,
-                    weight_decay: float = 0.0, matrix_optimizer: str = "muon") -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and their
-    adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the embedding for
-    norms and biases. The weight decay is that of the embedding and the unembedding."""
+def make_optimizers(
+    model: GPT,
+    embedding_lr: float = 0.2,
+    unembedding_lr: float = 0.004,
+    matrix_lr: float = 0.02,
+    weight_decay: float = 0.0,
+    matrix_optimizer: str = "muon",
+) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and
+    their adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the
+    embedding for norms and biases. The weight decay is that of the embedding and the unembedding."""
     nanochat = not model.config.norm_weights
     scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
-    table = [("lm_head", unembedding_lr * scale, (0.8, 0.96), weight_decay),
-             ("transformer.wte", embedding_lr * scale, (0.8, 0.995), weight_decay),
-             ("value_embeds", embedding_lr * scale / 2, (0.8, 0.995), 0.0),
-             ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
-             ("x0_lambdas", 0.5, (0.96, 0.95), 0.0),
-             ("transformer.h", matrix_lr, (0.9, 0.95), 0.0),
-             ("", 0.2 if nanochat else embedding_lr, (0.8, 0.95), 0.0)]         # smear, backout, the last norm
+    table = [
+        ("lm_head", unembedding_lr * scale, (0.8, 0.96), weight_decay),
+        ("transformer.wte", embedding_lr * scale, (0.8, 0.995), weight_decay),
+        ("value_embeds", embedding_lr * scale / 2, (0.8, 0.995), 0.0),
+        ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
+        ("x0_lambdas", 0.5, (0.96, 0.95), 0.0),
+        ("transformer.h", matrix_lr, (0.9, 0.95), 0.0),
+        ("", 0.2 if nanochat else embedding_lr, (0.8, 0.95), 0.0),
+    ]                                       # smear, backout, the last norm
     groups = {prefix: [] for prefix, *_ in table}
     for name, p in model.named_parameters():
         if p.requires_grad:
             key = next(prefix for prefix in groups if name.startswith(prefix))
             groups["" if key == "transformer.h" and p.ndim < 2 else key].append(p)
     matrices = groups.pop("transformer.h") if matrix_optimizer == "muon" else []
-    adamw = [{"params": groups[prefix], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
-             for prefix, lr, betas, decay in table if groups.get(prefix)]
+    adamw = [
+        {"params": groups[prefix], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
+        for prefix, lr, betas, decay in table
+        if groups.get(prefix)
+    ]
     optimizers = [torch.optim.AdamW(adamw, eps=1e-10 if nanochat else 1e-8)] if adamw else []
     return optimizers + ([Muon(matrices, matrix_lr)] if matrices else [])
 
