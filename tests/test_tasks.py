@@ -193,6 +193,15 @@ def test_messages_are_used_as_they_are():
     assert all(set(message) == {"role", "content"} for message in example.prompt)
 
 
+def test_there_is_one_system_text():
+    """That of a few-shot file comes before the task's."""
+    system, row = {"role": "system", "content": "Be brief."}, [{"prompt": "2 + 2?", "answer": 4}]
+    own, = examples_of(row, system="Be long.", few_shot=(system, *SHOTS))
+    other, = examples_of(row, system="Be long.", few_shot=tuple(SHOTS))
+    assert own.prompt == [system, *SHOTS, *chat("2 + 2?")]
+    assert other.prompt == [{**system, "content": "Be long."}, *SHOTS, *chat("2 + 2?")]
+
+
 def test_a_raw_prompt_is_encoded_with_its_special_tokens(tokenizer, capsys):
     """No template around it; a warning where none of the model's special tokens is in the first one."""
     raw = "<|bos|><|user_start|>1 + 1?<|user_end|><|assistant_start|>"
@@ -274,6 +283,13 @@ def test_an_evaluation_needs_no_training_questions(tmp_path, monkeypatch):
         assert train == [] and len(tests["gsm8k"]) == 12
     train, tests = load("jsonl", eval_data=file, max_steps=0, prompt_key="question")
     assert train == [] and len(tests[""]) == 12
+
+
+def test_a_rank_without_questions_samples_nothing():
+    """Whatever the bound on rows."""
+    for size in (0, 7):
+        run = SimpleNamespace(flags=Flags(rollout_batch_size=size))
+        assert chat_rl.rollout(run, None, [], 4, gpt.Policy(), 1, "evaluation") == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,6 +493,7 @@ BAD_ROWS = {
 BAD_CHATS = {
     "the assistant's last": SHOTS,
     "no role": [{"role": "", "content": "?"}],
+    "a second system": [{"role": "system", "content": "1"}, {"role": "system", "content": "2"}, *chat("?")],
     "unknown role": [{"role": "tool", "content": "?"}],
 }
 
