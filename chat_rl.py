@@ -789,8 +789,9 @@ def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
     if isinstance(value, str) and task.raw_prompt:
         return value
     if isinstance(value, str):
-        system = [{"role": "system", "content": task.system}] if task.system else []
-        return [*system, *task.few_shot, {"role": "user", "content": value + task.suffix}]
+        messages = [*task.few_shot, {"role": "user", "content": value + task.suffix}]
+        own = not task.system or messages[0]["role"] == "system"
+        return messages if own else [{"role": "system", "content": task.system}, *messages]
     return checked_messages(value, place, "user")
 
 
@@ -805,10 +806,10 @@ def checked_messages(value: Any, place: str, last: str) -> list[dict]:
         )
 
     known = isinstance(value, list) and all(map(is_message, value))
-    if not known or not value or value[-1]["role"] != last:
+    if not known or not value or value[-1]["role"] != last or any(m["role"] == "system" for m in value[1:]):
         raise UserError(
-            f"{place} is no list of messages with a role (system, user, assistant) and a content that ends with the "
-            f"{last}'s: mend it"
+            f"{place} is no list of messages with a role (system for the first alone, user, assistant) and a content "
+            f"that ends with the {last}'s: mend it"
         )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
