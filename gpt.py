@@ -269,7 +269,7 @@ class Cache:
         if self.prefix is not None:
             own = torch.cat([self.shared[layer], own], dim=3)
         # CUDA's kernels that keep no scores take a mask or grouped heads, not both
-        k, v = own.repeat_interleave(q.size(1) // k.size(1), dim=2)
+        k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     def attend_in_groups(
