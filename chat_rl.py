@@ -1584,10 +1584,10 @@ def save(run: Run, learner: Learner) -> None:
     """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk
     refuses."""
     model = learner.model
-    learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    masters = {
-        name: x for name, x in learned.items() if model.stored_types.get(name) != x.dtype
-    }                                       # saved in another type
+    masters = {}                            # what is saved in another type than it learns in, or not at all
+    for name, p in model.named_parameters():
+        if p.requires_grad and model.stored_types.get(name) != p.dtype:
+            masters[name] = p.detach().clone()
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
     try:
         gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)

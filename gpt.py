@@ -1507,7 +1507,8 @@ def saved_weights(model: GPT) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.lora_a is not None:
             state[name + ".weight"] = module.merged()
-    return {key: x.detach().to("cpu", model.stored_types.get(key)) for key, x in state.items()}
+    # copies: a view would be written with all that it is a view of
+    return {key: x.detach().to("cpu", model.stored_types.get(key), copy=True) for key, x in state.items()}
 
 
 Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensors that become safetensors
