@@ -259,7 +259,9 @@ class Cache:
             return self.attend_in_groups(q * scale, *self.shared[layer], *own, mask)
         if self.prefix is not None:
             own = torch.cat([self.shared[layer], own], dim=3)
-        return F.scaled_dot_product_attention(q, *own, attn_mask=mask, scale=scale, enable_gqa=True)
+        # CUDA's kernels that keep no scores take a mask or grouped heads, not both
+        k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     def attend_in_groups(self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (P, G, Lp, D)."""
