@@ -258,7 +258,7 @@ class Cache:
             end = self.size + k.size(2)
             self.room[layer, :, :, :, self.size : end] = new
             new = self.room[layer, :, :, :, :end]
-        self.own[layer] = new
+        self.own.setdefault(layer, new)     # not what a block leaves that runs again in a backward
         return new
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
