@@ -1062,9 +1062,9 @@ class Log:
 PANELS = {
     "reward (mean of the step)": ["reward"],
     "test questions solved (± standard error)": [],
-    "completion length (tokens), and share truncated": ["completion_length", "truncated"],
+    "completion length, share truncated": ["completion_length", "truncated"],
     "entropy (nats per sampled token)": ["entropy"],
-    "gradient norm, and approx_kl": ["grad_norm", "approx_kl"],
+    "gradient norm, approx_kl": ["grad_norm", "approx_kl"],
     "seconds per step": ["rollout_seconds", "update_seconds"],
 }
 ON_THE_RIGHT = ("truncated", "approx_kl")   # with a scale of their own
