@@ -1080,6 +1080,7 @@ def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
     if key in ON_THE_RIGHT:
         axes = axes.twinx()
         axes.tick_params(labelcolor=color)
+        axes.set_ylim(0, 1.05 * max([0.01, *y]))        # so that rounding does not look like trouble
     axes.plot(x, y, color=color, alpha=0.35, linewidth=1)
     axes.plot(x, means, color=color)
 
@@ -1264,6 +1265,8 @@ def parse_flags(argv: list[str]) -> dict:
             raise UserError(
                 f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}"
             )
+    if 0 < given.get("max_ratio", 0) < 1:
+        raise UserError(f"--max-ratio {given['max_ratio']} would leave out every update: give a number above 1, or 0")
     if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
         raise UserError(
             f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28"
@@ -1669,7 +1672,8 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
 
 def finish(run: Run, log: Log) -> None:
     """The last words of a run."""
-    log.plot()
+    if run.step < run.num_steps:
+        log.plot()
     log.close()
     if run.step < run.num_steps:
         say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume")
