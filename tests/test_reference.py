@@ -55,6 +55,8 @@ def random_state(generation: str, config: dict, seed: int = 0) -> dict[str, Tens
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, x in state.items():
         x.mul_(0.2).add_(0.6) if x.ndim == 1 else x.mul_((1 if "embeds" in name or "gate" in name else 0.3) * x.size(1) ** -0.5)
+    for name in [name for name in state if "c_q" in name or "c_k" in name]:
+        state[name] *= 0.1                  # so that the norm's epsilon is seen
     state["lm_head.weight"] *= 20
     return state
 

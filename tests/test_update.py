@@ -173,7 +173,7 @@ def test_gap_is_measured(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # A step of a real run
 
-STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=7"]
+STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=7", "--eval-samples=2"]
 SEVERAL = """
 import os, sys
 sys.path.insert(0, os.environ["ROOT"])
@@ -181,48 +181,57 @@ import torch
 import chat_rl
 torch.set_num_threads(1)
 leave, chat_rl.dist.destroy_process_group = chat_rl.dist.destroy_process_group, lambda *args: None
-for size in (1, 3, 8):
+for size in (1, 8):
     assert chat_rl.main([*sys.argv[1:], f"--model-tag=ranks2-{size}", f"--device-batch-size={size}"]) == 0
     chat_rl.dist.init_process_group = lambda *args, **more: None        # the process group of the first stays for all
 leave()
 """
 
 
-def step_gradient(base: Path, tag: str) -> torch.Tensor:
-    """The gradient of a run's first step: both optimizers' momentum holds it, times 1 − β."""
-    adamw, muon = torch.load(base / "chatrl_checkpoints" / tag / "optim_000001.pt", weights_only=True)["optimizers"]
-    betas = {i: group["betas"][0] for group in adamw["param_groups"] for i in group["params"]}
-    return torch.cat([*((state["exp_avg"] / (1 - betas[i])).flatten() for i, state in adamw["state"].items()),
-                      *((state["average"] / 0.05).flatten() for state in muon["state"].values())])
+def step_of(base: Path, tag: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a run's first step was to each parameter: its gradient, which the optimizers' momentum holds, times 1 − β, and its
+    change."""
+    model, _, _ = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
+    names, before, after = {p: name for name, p in model.named_parameters()}, model.state_dict(), weights(base, 1, tag)
+    saved, found = torch.load(base / "chatrl_checkpoints" / tag / "optim_000001.pt", weights_only=True)["optimizers"], {}
+    for optimizer, content in zip(gpt.make_optimizers(model), saved, strict=True):
+        for group, numbers in zip(optimizer.param_groups, (part["params"] for part in content["param_groups"]), strict=True):
+            states = [content["state"][i] for i in numbers if i in content["state"]]
+            means = states[0]["average"] if "average" in states[0] else [state["exp_avg"] for state in states]
+            beta = group["betas"][0] if "betas" in group else group["momentum"]
+            for p, mean in zip(group["params"], means, strict=True):
+                found[names[p]] = mean / (1 - beta), after[names[p]] - before[names[p]]
+    return found
 
 
 def test_step_on_ranks_and_batches(base):
-    """One step on 1 and 2 ranks, with device batch sizes 1, 3 and 8, is the same: gradient, weights and metrics."""
-    folder, tags = base / "chatsft_checkpoints", [f"ranks{ranks}-{size}" for ranks in (1, 2) for size in (1, 3, 8)]
+    """One step on 1 and 2 ranks, with device batch sizes 1 and 8, is the same: gradient, weights and metrics. Both ranks
+    have the weights that are saved."""
+    folder, tags = base / "chatsft_checkpoints", [f"ranks{ranks}-{size}" for ranks in (1, 2) for size in (1, 8)]
     for tag in tags:
         shutil.copytree(folder / "adder", folder / tag)
     script = base / "several.py"
     script.write_text(SEVERAL)
     run(base, *STEP, ranks=2, script=script, ROOT=str(ROOT))
-    for size in (1, 3, 8):
+    for size in (1, 8):
         assert main(base, *STEP, f"--model-tag=ranks1-{size}", f"--device-batch-size={size}") == 0
-    start = torch.load(folder / "adder" / "model_000150.pt", weights_only=True)
-    whole, (_, step, _) = step_gradient(base, tags[0]), metrics(base, tags[0])
-    assert step["grad_norm"] > 0 and step["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
-    assert 0 < step["reward"] and step["all_right"] + step["all_wrong"] < 0.9 and step["lrm"] == 1
-    # of two layers backout takes a part of the last one's output, which a norm follows: its gradient is rounding alone
-    parts = [key for key in start if key != "backout_lambda"]
-    states = [weights(base, 1, tag) for tag in tags]
-    changes = [torch.cat([(state[key] - start[key]).flatten() for key in parts]) for state in states]
-    for tag, change in zip(tags, changes):
-        assert distance(step_gradient(base, tag), whole) < 2e-6
-        # Adam's first step is the gradient's sign: a few elements that are nothing but rounding go the other way
-        assert distance(change, changes[0]) < 0.002
-        before, mine, after = metrics(base, tag)
-        assert mine.keys() == step.keys() and mine["sampler_gap"] < 1e-5
-        assert untimed(mine) == pytest.approx(untimed(step), rel=1e-5, abs=1e-5)
-        other, _, final = metrics(base, "ranks1" + tag[6:])
-        assert before == other and after == final
+    (before, line, _), whole = metrics(base, tags[0]), step_of(base, tags[0])
+    gradient = torch.cat([g.flatten() for g, _ in whole.values()])
+    assert line["grad_norm"] > 0 and line["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    for tag in tags:
+        mine = step_of(base, tag)
+        assert distance(torch.cat([g.flatten() for g, _ in mine.values()]), gradient) < 1e-5
+        for name, (g, change) in whole.items():
+            # Adam's first step is the gradient's sign, however small it is: where that is rounding alone, as for backout of two
+            # layers, whose middle is the last one, which a norm follows, either will do
+            known = (g.abs() > 1e-5 * gradient.norm()) | name.startswith("transformer.h.")
+            error = (mine[name][1] - change)[known].norm() / (change[known].norm() + 1e-30)
+            assert error < 1e-3, (tag, name, error)
+        first, step, _ = metrics(base, tag)
+        assert first == before and step.keys() == line.keys() and step["sampler_gap"] < 1e-5
+        assert untimed(step) == pytest.approx(untimed(line), rel=1e-5, abs=1e-5)
+    assert main(base, *STEP, f"--model-tag={base / 'chatrl_checkpoints' / tags[-1]}", "--max-steps=0") == 0
+    assert metrics(base, f"evaluations/{tags[-1]}") == [{**metrics(base, tags[-1])[-1], "step": 0}]
 
 
 def test_nothing_to_learn_makes_no_step(base):
