@@ -1265,7 +1265,7 @@ def parse_flags(argv: list[str]) -> dict:
             raise UserError(
                 f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}"
             )
-    if 0 < given.get("max_ratio", 0) < 1:
+    if 0 < given.get("max_ratio", 0) <= 1:
         raise UserError(f"--max-ratio {given['max_ratio']} would leave out every update: give a number above 1, or 0")
     if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
         raise UserError(
@@ -1362,7 +1362,7 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
     if not there and source == base / "chatsft_checkpoints" / "starter":
         say(
-            f"no checkpoint in {base}: making the starter, a tiny GPT that can nearly add; --model-tag names another one"
+            f"no checkpoint in {base}: making the starter, a tiny GPT that can half add; --model-tag names another one"
         )
         make_starter(source)
     elif not there:

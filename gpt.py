@@ -192,7 +192,8 @@ class Prefix(NamedTuple):
 
     def backward(self, leaves: "Prefix") -> None:
         """Sends the gradients that the leaves have collected back through the questions."""
-        ends = [(x, leaf.grad) for x, leaf in zip(self[1:], leaves[1:]) if leaf.grad is not None]
+        pairs = zip(self[1:], leaves[1:])
+        ends = [(x, leaf.grad) for x, leaf in pairs if x.requires_grad and leaf.grad is not None]
         torch.autograd.backward(*zip(*ends))
 
 

@@ -174,18 +174,6 @@ def test_an_evaluation_moves_nothing(base, capsys):
     assert {path: path.read_bytes() for path in (out / "adder").iterdir()} == kept and not (out / "previous").exists()
 
 
-def test_greedy_accuracy_and_pass_at_1_by_hand(base):
-    """The evaluation's figures are those of the model's greedy and sampled answers to the first test questions."""
-    assert main(base, *SMALL, "--max-steps=0", "--eval-examples=40", "--eval-samples=3") == 0
-    model, tokenizer, _ = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
-    rows, (line,) = chat_rl.make_sums()["test"][:40], metrics(base, EVALUATION)
-    greedy = generate(model, tokenizer, [tokenizer.render(chat(row["question"])) for row in rows], 1, 6, top_k=1)
-    right = [tokenizer.decode(group[0].tokens[:-1]) == row["answer"] for row, group in zip(rows, greedy)]
-    assert line["greedy"] == pytest.approx(sum(right) / 40) and 0 < sum(right) < 40
-    assert [row["question"] for row in samples(base, 0, EVALUATION)] == [row["question"] for row in rows]
-    assert line["pass@1"] == pytest.approx(sum(sum(row["rewards"]) for row in samples(base, 0, EVALUATION)) / 120)
-
-
 def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
     """A folder with a model and its tokenizer inside runs from anywhere, and its name becomes the tag."""
     folder = tmp_path / "elsewhere" / "published-model"
