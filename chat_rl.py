@@ -1362,7 +1362,7 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
     if not there and source == base / "chatsft_checkpoints" / "starter":
         say(
-            f"no checkpoint in {base}: making the starter, a tiny GPT that can half add; --model-tag names another one"
+            f"no checkpoint in {base}: making the starter, a tiny GPT that adds right half the time; --model-tag names another one"
         )
         make_starter(source)
     elif not there:

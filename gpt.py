@@ -833,6 +833,7 @@ def to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
+    """The filter `tojson` of transformers' templates."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -1071,14 +1072,10 @@ class Transcript:
         full = t + 1 == self.tokens.shape[1]
         return numpy.isin(tokens, self.tokenizer.stops) | full
 
-    def completions(self, logprobs: Tensor, entropy: Tensor) -> list[Completion]:
-        columns = (
-            self.tokens.tolist(),
-            (self.forced < 0).tolist(),
-            logprobs.tolist(),
-            entropy.tolist(),
-            self.lengths.tolist(),
-        )
+    def completions(self, figures: Tensor) -> list[Completion]:
+        """All rows, given the logprobs and the entropies (2, B, T) of their tokens."""
+        logprobs, entropy = figures.tolist()
+        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs, entropy, self.lengths.tolist()
         return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
 
 
@@ -1150,7 +1147,7 @@ class Sampler:
                 token, stream, rows = (x.index_select(0, index) for x in (token, stream, rows))
                 live, running = live[running], running[running]
             hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
-        completions = transcript.completions(*figures)
+        completions = transcript.completions(figures)
         return [completions[i : i + num_samples] for i in range(0, B, num_samples)]
 
 

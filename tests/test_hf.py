@@ -193,7 +193,7 @@ def test_config_as_transformers_reads_it(kind, tmp_path):
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"num_attention_heads": 4.0}, "num_attention_heads"),
     ({"num_key_value_heads": 3}, "num_attention_heads is 4; .* num_key_value_heads, 3"),
-    ({"head_dim": 7}, "even head_dim, not 7"),
+    ({"head_dim": 7}, "head_dim is 7"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ({"intermediate_size": -1}, "intermediate_size"),
     ({"max_position_embeddings": [1]}, "max_position_embeddings"),
