@@ -35,12 +35,12 @@ def memory(c: Config, itemsize: int, rollout_rows: int, num_samples: int, prompt
     cast = itemsize * (learned if c.lora_rank else base - tables) if halved else 0
     kv, block = 2 * c.n_kv_head * c.head_dim * itemsize, block_memory(c, itemsize)
     tokens = batch * (prompt + new)                         # as many questions as rows run at once, and as many completions
+    logits = 4 * 4 * max(c.vocab_rows, min(gpt.LOGITS_AT_ONCE, batch * new * c.vocab_rows))     # with what is made of them
     read = 4 * kv * L * batch * prompt                      # copies of the questions' keys and values, and their gradients
-    if recompute:                                           # a block's input, keys and values, and one block as a whole
-        kept = tokens * L * (c.n_embd * itemsize + kv) + batch * new * block + 2 * cast / L
+    if recompute:                                           # a block's input, keys and values; one block, when no logits are left
+        kept = tokens * L * (c.n_embd * itemsize + kv) + max(batch * new * block + cast / L - logits, 0)
     else:                                                   # and the questions' keys and values of all heads
         kept = tokens * L * block + 2 * cast + 2 * c.n_head * c.head_dim * itemsize * L * batch * prompt
-    logits = 4 * max(c.vocab_rows, min(gpt.LOGITS_AT_ONCE, batch * new * c.vocab_rows))
     table = c.vocab_rows * c.n_embd * (itemsize * halved + 4) * (not c.lora_rank)           # a cast of it, and its gradient
     return {
         "weights": itemsize * base + 4 * learned if c.lora_rank else 4 * base,
@@ -50,7 +50,7 @@ def memory(c: Config, itemsize: int, rollout_rows: int, num_samples: int, prompt
         "keys and values": kv * L * rollout_rows * (new + 2 * prompt / num_samples),
         "before": 4 * learned,                              # the weights before the step, to measure it by
         "activations": kept + read + 3 * itemsize * batch * new * (prompt + new),
-        "logits": 4 * logits + table,
+        "logits": logits + table,
     }
 
 

@@ -11,7 +11,10 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
+import memory
+import numpy
 import pytest
 import tokenizers
 import torch
@@ -1302,3 +1305,89 @@ def test_long_questions_are_measured_against_the_positions(tmp_path, capsys):
     assert main(tmp_path, *flags) == 2
     assert "3 of 3 test questions are longer" in capsys.readouterr().out and not (tmp_path / "chatrl_checkpoints").exists()
     assert main(tmp_path, *flags, f"--max-new-tokens={59 - length}") == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+WIDE = gpt.Config(512, 512, n_layer=6, n_head=4, n_kv_head=2, n_embd=128, head_dim=32, mlp_width=256, max_positions=512)
+SHAPES = {"llama": WIDE, "qwen2": replace(WIDE, qkv_bias=True, n_kv_head=4, vocab_rows=2000, vocab_size=1900, tied=True),
+          "qwen3": replace(WIDE, qk_norm="before", head_dim=64, n_kv_head=1, mlp_width=400), "lora": replace(WIDE, lora_rank=8)}
+
+
+def peak_of(work) -> int:
+    """The most bytes that tensors take while work() runs, besides those that were there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(numpy.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
+
+
+def learner(config: gpt.Config, dtype: torch.dtype) -> gpt.GPT:
+    model = gpt.GPT(config, dtype).init_weights(0)
+    for name, p in model.named_parameters():
+        if config.lora_rank and "lora_" not in name:
+            p.requires_grad_(False).data = p.data.to(dtype)
+    gpt.flatten(model)
+    return model
+
+
+def lessons(num_groups: int, prompt: int, new: int) -> list[chat_rl.Group]:
+    ids = torch.randint(0, 500, (1000,)).tolist()
+    completions = [gpt.Completion(ids[:new], [True] * new, [0.0] * new)] * 2
+    return [chat_rl.Group(None, ids[:prompt], completions, advantages=[1.0, -1.0]) for _ in range(num_groups)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_of_the_update(shape, recompute, monkeypatch):
+    """What README's formula says, within a quarter."""
+    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 2 ** 16)
+    for dtype, batch, prompt, new in ((torch.float32, 4, 20, 50), (torch.bfloat16, 2, 70, 30)):
+        model = learner(SHAPES[shape], dtype)
+        model.recompute = recompute
+        measured = peak_of(lambda: chat_rl.backward(model, lessons(batch, prompt, new), gpt.Policy(1.0, 0), batch))
+        parts = memory.memory(SHAPES[shape], dtype.itemsize, 8, 2, prompt, new, batch, recompute)
+        assert measured == pytest.approx(parts["activations"] + parts["logits"], rel=0.25)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_of_what_stays(shape):
+    """Weights, the sampler's copy, gradient, optimizer and the cache's keys and values, as README's formula says."""
+    for dtype, optimizer in ((torch.float32, "adamw"), (torch.bfloat16, "muon")):
+        model = learner(SHAPES[shape], dtype)
+        parts = memory.memory(SHAPES[shape], dtype.itemsize, 32, 4, 20, 200, 8, matrix_optimizer=optimizer)
+
+        def size(*tensors: torch.Tensor) -> int:
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+            return sum(storages.values())
+
+        weights, sampler = list(model.parameters()), gpt.Sampler(model, None)
+        optimizers = gpt.make_optimizers(model, matrix_optimizer=optimizer)
+        gpt.step_optimizers(optimizers, 0.0)
+        states = [x for o in optimizers for state in o.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
+        assert size(*weights) == parts["weights"]
+        assert size(*[p.grad for p in weights if p.requires_grad]) == parts["gradient"] == parts["before"]
+        assert size(*weights, *sampler.model.parameters()) - size(*weights) == pytest.approx(parts["sampler"], rel=0.02)
+        assert size(*states) == pytest.approx(parts["optimizer"], rel=0.02 if optimizer == "adamw" else 1.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_of_the_cache(shape):
+    """Keys and values of 32 rows, four of which share a question, and little else."""
+    config = SHAPES[shape]
+    sampler = gpt.Sampler(learner(config, torch.float32), SimpleNamespace(stops=(), call_end=-1))
+    parts = memory.memory(config, 4, 32, 4, 20, 60, 8)
+    measured = peak_of(lambda: sampler.generate([[1] * 20] * 8, 4, 60, gpt.Policy(1.0, 50)))
+    assert measured == pytest.approx(parts["keys and values"] + 4 * 4 * 32 * config.vocab_rows, rel=0.25)
+
+
+def test_logits_are_never_there_as_a_whole(monkeypatch):
+    """The peak of an update is a fraction of what it is with the unembedding in one piece, and does not grow with the
+    completions' logits."""
+    model, policy, peaks = learner(replace(WIDE, n_layer=1, vocab_size=8000, vocab_rows=8000), torch.float32), gpt.Policy(1.0, 0), []
+    for limit, new in ((2 ** 62, 100), (2 ** 18, 100), (2 ** 18, 50)):
+        monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", limit)
+        peaks.append(peak_of(lambda: chat_rl.backward(model, lessons(4, 10, new), policy, 8)))
+    assert peaks[0] > 4 * 8 * 100 * 8000 * 2.5 and peaks[1] < 0.12 * peaks[0]
+    assert peaks[1] - peaks[2] < 4 * 8 * 50 * 8000 * 0.25
