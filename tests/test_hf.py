@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.utils import chat_template_utils
 
-from conftest import ROOT, SHARED, environment, run
+from conftest import ROOT, SHARED, run
 
 import chat_rl
 import gpt
@@ -513,15 +511,6 @@ def test_a_model_from_a_filled_cache(folder, tmp_path, monkeypatch):
     refused("a/b/c is no folder.*--model-tag", gpt.find_hub_folder, "a/b/c")
     (snapshot / "config.json").resolve().unlink()
     refused("cached Some/Model is incomplete, .*config.json is missing.*--model-tag", gpt.find_hub_folder, "Some/Model")
-
-
-def test_a_cache_named_by_its_variable_offline(tmp_path):
-    (tmp_path / "model").mkdir()
-    snapshot = cached(tmp_path / "home" / "hub", add_tokenizer(tmp_path / "model"))
-    code = "import gpt; print(gpt.find_hub_folder('Some/Model'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          env=environment(tmp_path, HF_HOME=str(tmp_path / "home")))
-    assert done.stdout.strip() == str(snapshot), done.stderr
 
 
 # Saving
@@ -1369,7 +1358,7 @@ def test_memory_of_what_stays(shape):
         assert size(*weights) == parts["weights"]
         assert size(*[p.grad for p in weights if p.requires_grad]) == parts["gradient"] == parts["before"]
         assert size(*weights, *sampler.model.parameters()) - size(*weights) == pytest.approx(parts["sampler"], rel=0.02)
-        assert size(*states) == pytest.approx(parts["optimizer"], rel=0.02 if optimizer == "adamw" else 1.0)
+        assert size(*states) == pytest.approx(parts["optimizer"], rel=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1389,5 +1378,5 @@ def test_logits_are_never_there_as_a_whole(monkeypatch):
     for limit, new in ((2 ** 62, 100), (2 ** 18, 100), (2 ** 18, 50)):
         monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", limit)
         peaks.append(peak_of(lambda: chat_rl.backward(model, lessons(4, 10, new), policy, 8)))
-    assert peaks[0] > 4 * 8 * 100 * 8000 * 2.5 and peaks[1] < 0.12 * peaks[0]
-    assert peaks[1] - peaks[2] < 4 * 8 * 50 * 8000 * 0.25
+    assert peaks[0] > 4 * 8 * 100 * 8000 * 2.5 and peaks[1] < 0.25 * peaks[0]
+    assert peaks[1] - peaks[2] < 4 * 8 * 50 * 8000 * 0.5
