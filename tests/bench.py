@@ -39,31 +39,30 @@ def seconds(work: Callable, repeat: int = 3) -> float:
 def make_model(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
     """A model that can sample any token at any place."""
     heads = width // 64
-    config = gpt.Config(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
-    model = gpt.GPT(config, dtype=dtype).init_weights(0)
+    shape = dict(sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=width)
+    model = gpt.GPT(gpt.nanochat_config("current", **shape), dtype).init_weights(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 p.normal_(std=0.02)
-    model.to(device).make_rope(device)
-    return model
+    return model.to(device)
 
 
 def endless_tokenizer() -> gpt.Tokenizer:
     """A tokenizer none of whose tokens stops a completion or calls the calculator."""
     tokenizer = chat_rl.byte_tokenizer()
-    tokenizer.bos = tokenizer.assistant_end = tokenizer.python_end = -1
+    tokenizer.stops, tokenizer.call_end = (), -1
     return tokenizer
 
 
 @torch.inference_mode()
 def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> None:
     """The baseline: one question at a time, a few rows each, the prompt's cache copied to every row, all its logits."""
-    device = model.lm_head.weight.device
+    device = model.device
     for prompt in prompts:
         for _ in range(0, N, rows):
             prefix = gpt.prefill(model, [prompt])
-            model.logits(prefix.keys[0].new_zeros(1, len(prompt), model.config.n_embd))
+            model.logits(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
             cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
             logits = model.logits(prefix.hidden).expand(rows, -1)
             for _ in range(NEW):
@@ -81,6 +80,8 @@ def matmul_flops(model: gpt.GPT) -> int:
 
 def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer = make_model(depth, width, device, dtype), endless_tokenizer()
+    _, gradient = gpt.flatten(model)
+    sampler, policy = gpt.Sampler(model, tokenizer), gpt.Policy(softcap=model.config.softcap)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048
@@ -90,20 +91,18 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
           f"a large matrix product runs at {peak / 1e9:,.0f} GFLOP/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
-        return gpt.generate(model, tokenizer, prompts, samples, new, seed=1)
+        return sampler.generate(prompts, samples, new, policy, seed=1)
 
     bound, plain = peak / matmul_flops(model), P * N * NEW / seconds(lambda: plain_rollout(model, prompts), 1)
     rate = P * N * NEW / seconds(rollout)
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
           f"plain {plain:7,.0f} (x{rate / plain:.1f})")
 
-    flags = chat_rl.Flags()
-    completions = rollout()
-    groups = [chat_rl.Group({}, prompt, answers, [], torch.randn(N, generator=generator).tolist())
-              for prompt, answers in zip(prompts, completions)]
-    optimizers, gradient = gpt.make_optimizers(model), chat_rl.gradient_buffer(model)
-    update = seconds(lambda: chat_rl.backward(model, groups, P * N * NEW, flags), 1)
-    step = seconds(lambda: chat_rl.step_optimizers(optimizers, 1e-6))
+    groups = [chat_rl.Group(None, prompt, completions, advantages=torch.randn(N, generator=generator).tolist())
+              for prompt, completions in zip(prompts, rollout())]
+    optimizers = gpt.make_optimizers(model)
+    update = seconds(lambda: chat_rl.backward(model, groups, policy, chat_rl.Flags().device_batch_size), 1)
+    step = seconds(lambda: (gpt.step_optimizers(optimizers, 1e-6), sampler.refresh()))
     tokens = P * N * NEW
     print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound / 3:9,.0f} ({tokens / update / bound * 3:.0%})   "
           f"optimizers {step / (tokens / rate + update + step):.1%} of a step")
@@ -115,27 +114,27 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     kv = 2 * depth * width * (4 if dtype == torch.float32 else 2) / 2 ** 20
     print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv:.0f} MiB for P·Lp + B·T positions; "
           f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv:.0f} MiB")
-    tokenizer.assistant_end = VOCAB                                  # now rows stop: half of them after every 8 tokens
+    tokenizer.stops = (VOCAB,)                                       # now rows stop: half of them after every 8 tokens
     for name, halves in (("no row stops", False), ("half of the rows stop every 8 tokens", True)):
-        print(f"  {name:37} {seconds(lambda: stopping_rollout(model, tokenizer, prompts, halves), 1):9.2f} s")
+        print(f"  {name:37} {seconds(lambda: stopping_rollout(sampler, prompts, policy, halves), 1):9.2f} s")
 
 
-def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], halves: bool) -> None:
+def stopping_rollout(sampler: gpt.Sampler, prompts: list[list[int]], policy: gpt.Policy, halves: bool) -> None:
     """A rollout whose rows stop at scripted places: `draw` is told which."""
-    draw, count = gpt.draw, [0]
+    draw, count = sampler.draw, [0]
 
-    def scripted(logits: torch.Tensor, *rest) -> tuple:
-        tokens, logprobs = draw(logits, *rest)
+    def scripted(*args) -> tuple:
+        tokens, logprobs = draw(*args)
         count[0] += 1
         if halves and count[0] % 8 == 0:
-            tokens[::2] = tokenizer.assistant_end
+            tokens[::2] = VOCAB
         return tokens, logprobs
 
-    gpt.draw = scripted
+    sampler.draw = scripted
     try:
-        gpt.generate(model, tokenizer, prompts, N, NEW)
+        sampler.generate(prompts, N, NEW, policy)
     finally:
-        gpt.draw = draw
+        del sampler.draw
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def test_greedy_tokens_are_nanochats(nanochat):
 def test_cache_with_groups_and_dropped_rows(generation):
     """Rows that share their question's part of the cache get what a whole forward gives, whichever rows were dropped."""
     model, generator = tiny_model(generation), torch.Generator().manual_seed(0)
-    assert min(model.config.windows) < max(PROMPT_LENGTHS)
+    assert min(model.config.windows, default=0) < max(PROMPT_LENGTHS)
     for drops in ([[1, 5, 8, 11], [0, 1, 2], [0, 1, 2, 3]],                   # some; a whole group; all but one
                   [[4, 5, 6, 7], [], [7, 6], [0, 2, 4], [0], [1]]):           # the middle group first, then one by one
         rows = [list(prompt) for prompt in random_prompts() for _ in range(4)]
@@ -515,6 +515,16 @@ def test_checkpoint_round_trip(tmp_path, generation):
     ids = torch.tensor(random_prompts((20,)))
     first.load_state_dict(model.state_dict())
     assert torch.equal(model(ids), first(ids))
+
+
+@pytest.mark.xfail(reason="a view of the flat vector is saved with all of it")
+def test_checkpoint_holds_nothing_twice(tmp_path):
+    """A file holds its own tensors, though in memory all parameters are views of one vector."""
+    model = saved(tmp_path)
+    stored = sum(x.nbytes for x in torch.load(tmp_path / "model_000007.pt", weights_only=True).values())
+    gpt.flatten(model)
+    gpt.save_checkpoint(tmp_path, 7, model, chat_rl.byte_tokenizer(), {"model_config": SHAPE})
+    assert stored <= (tmp_path / "model_000007.pt").stat().st_size < stored + 20_000
 
 
 def test_checkpoint_of_a_compiled_model(tmp_path):

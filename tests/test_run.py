@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import SMALL, metrics, run, weights
+from conftest import SMALL, chat, generate, metrics, run, sign, weights
 
 import chat_rl
 import gpt
@@ -20,7 +20,7 @@ LIVELY = [*SMALL, "--examples-per-step=16", "--num-samples=12", "--eval-examples
 
 def main(base: Path, *flags: str) -> int:
     """Runs chat_rl.py in this process; returns its exit status."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         try:
@@ -91,7 +91,7 @@ def test_what_a_run_writes(base, capsys):
     model, tokenizer, meta = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, tokenizer, meta)
-    flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--device-batch-size=4"]
+    flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--eval-samples=4"]
     assert main(base, *LIVELY, *flags) == 0
     printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
     saved = {name.format(step) for step in (3, 4)
@@ -132,40 +132,57 @@ def test_what_a_run_writes(base, capsys):
         _, again, meta_of_step = gpt.load_checkpoint(out, step)
         assert meta_of_step["step"] == step and meta_of_step["model_config"] == meta["model_config"]
         assert (meta_of_step["flags"]["max_steps"], meta_of_step["flags"]["temperature"]) == (4, 1.0)
-        assert again.render("1 + 1") == tokenizer.render("1 + 1")
+        assert again.render(chat("1 + 1")) == tokenizer.render(chat("1 + 1"))
     adamw, muon = torch.load(out / "optim_000004.pt", weights_only=True)["optimizers"]
     assert muon["param_groups"][0]["lr"] == pytest.approx(0.02 * 0.02 * 0.25)
     assert adamw["param_groups"][0]["lr"] == pytest.approx(0.004 * (64 / 768) ** -0.5 * 0.02 * 0.25)
 
 
+EVALUATION = "evaluations/adder"
+
+
 def test_a_second_run_keeps_the_first(base, capsys):
     """The earlier folder is moved to previous/<tag>-<n>, and said so; the first evaluation is the same every time."""
     out = base / "chatrl_checkpoints"
-    assert main(base, *SMALL, "--max-steps=0") == 0
-    assert {path.name for path in (out / "adder").iterdir()} == {"metrics.jsonl", "samples_000000.jsonl", "curve.png"}
+    assert main(base, *SMALL, "--max-steps=1") == 0
+    assert {path.name for path in out.iterdir()} == {"adder", ".adder.lock"}
     first = metrics(base)
-    assert len(first) == 1 and first[0]["step"] == 0 and "previous" not in capsys.readouterr().out
-    for n, flags in ((1, ["--max-steps=1", "--matrix-lr=1"]), (2, ["--max-steps=0", "--temperature=0.5"])):
+    assert len(first) == 3 and first[0]["step"] == 0 and "previous" not in capsys.readouterr().out
+    for n, flags in ((1, ["--matrix-lr=1"]), (2, ["--temperature=0.5"])):
         kept = {path.name: path.read_bytes() for path in (out / "adder").iterdir()}
-        assert main(base, *SMALL, *flags) == 0
+        assert main(base, *SMALL, "--max-steps=1", *flags) == 0
         place = out / "previous" / f"adder-{n}"
         assert {path.name: path.read_bytes() for path in place.iterdir()} == kept
         assert str(place) in capsys.readouterr().out
-        assert metrics(base)[0] == first[0]
-    assert main(base, *SMALL, "--max-steps=0", "--seed=1") == 0
+        assert metrics(base)[0] == first[0] and metrics(base)[1:] != first[1:]
+    assert main(base, *SMALL, "--max-steps=1", "--seed=1") == 0
     assert metrics(base)[0] != first[0]
+
+
+def test_an_evaluation_moves_nothing(base, capsys):
+    """--max-steps=0 writes to evaluations/<tag> what the first evaluation of a run is, and touches no run."""
+    out = base / "chatrl_checkpoints"
+    assert main(base, *SMALL, "--max-steps=1") == 0
+    kept, first = {path: path.read_bytes() for path in (out / "adder").iterdir()}, metrics(base)
+    for flags in ([], ["--temperature=0.5"], ["--seed=1"]):
+        assert main(base, *SMALL, "--max-steps=0", *flags) == 0
+        assert {path.name for path in (out / EVALUATION).iterdir()} == {"metrics.jsonl", "samples_000000.jsonl", "curve.png"}
+        line, = metrics(base, EVALUATION)
+        assert (line == first[0]) == ("--seed=1" not in flags)
+        assert str(out / EVALUATION) in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (out / "adder").iterdir()} == kept and not (out / "previous").exists()
 
 
 def test_greedy_accuracy_and_pass_at_1_by_hand(base):
     """The evaluation's figures are those of the model's greedy and sampled answers to the first test questions."""
-    assert main(base, *SMALL, "--max-steps=0", "--eval-examples=40", "--device-batch-size=3") == 0
+    assert main(base, *SMALL, "--max-steps=0", "--eval-examples=40", "--eval-samples=3") == 0
     model, tokenizer, _ = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
-    rows, line = chat_rl.Arithmetic(chat_rl.Flags()).test[:40], metrics(base)[0]
-    greedy = gpt.generate(model, tokenizer, [tokenizer.render(row["question"]) for row in rows], 1, 6, temperature=0)
+    rows, (line,) = chat_rl.make_sums()[1][:40], metrics(base, EVALUATION)
+    greedy = generate(model, tokenizer, [tokenizer.render(chat(row["question"])) for row in rows], 1, 6, top_k=1)
     right = [tokenizer.decode(group[0].tokens[:-1]) == row["answer"] for row, group in zip(rows, greedy)]
     assert line["greedy"] == pytest.approx(sum(right) / 40) and 0 < sum(right) < 40
-    assert [row["question"] for row in samples(base, 0)] == [row["question"] for row in rows]
-    assert line["pass@1"] == pytest.approx(sum(sum(row["rewards"]) for row in samples(base, 0)) / 120)
+    assert [row["question"] for row in samples(base, 0, EVALUATION)] == [row["question"] for row in rows]
+    assert line["pass@1"] == pytest.approx(sum(sum(row["rewards"]) for row in samples(base, 0, EVALUATION)) / 120)
 
 
 def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
@@ -178,7 +195,7 @@ def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
     assert len(metrics(base, "published-model")) == 3 and weights(base, 1, "published-model")
     assert sorted(folder.iterdir()) == before
     monkeypatch.chdir(folder)
-    assert main(base, *SMALL, "--model-tag=.", "--max-steps=0") == 0 and len(metrics(base, "published-model")) == 1
+    assert main(base, *SMALL, "--model-tag=.", "--max-steps=0") == 0 and len(metrics(base, "evaluations/published-model")) == 1
 
 
 def test_the_default_tag_is_the_largest(base):
@@ -186,9 +203,9 @@ def test_the_default_tag_is_the_largest(base):
     flags = [flag for flag in SMALL if "tag" not in flag] + ["--max-steps=0"]
     copies(base, "older")
     os.utime(base / "chatsft_checkpoints" / "older", (1, 1))
-    assert main(base, *flags) == 0 and metrics(base, "adder")
+    assert main(base, *flags) == 0 and metrics(base, EVALUATION)
     copies(base, "d9", "d12-long")
-    assert main(base, *flags) == 0 and metrics(base, "d12-long")
+    assert main(base, *flags) == 0 and metrics(base, "evaluations/d12-long")
 
 
 def gsm8k_rows(n: int) -> list[dict]:
@@ -281,13 +298,14 @@ def truncate(folder: Path) -> None:
 
 
 def make_foreign(folder: Path) -> None:
-    meta, path = folder / "meta_000150.json", folder / "model_000150.pt"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "sha256": {}}))
+    path = folder / "model_000150.pt"
     torch.save({**torch.load(path, weights_only=True), "bigram_embed.weight": torch.zeros(1)}, path)
+    sign(folder, 150)
 
 
 def make_dangerous(folder: Path) -> None:
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Touch(folder / "touched")))
+    sign(folder, 150)
 
 
 def swap_tokenizer(folder: Path) -> None:
@@ -295,6 +313,7 @@ def swap_tokenizer(folder: Path) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    sign(folder, 150)
 
 
 @pytest.mark.parametrize("damage, words", [

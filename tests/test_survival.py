@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat_rl, environment, gpt, metrics, run, weights
+from conftest import ROOT, SMALL, chat_rl, environment, gpt, metrics, run, sign, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,26 +48,26 @@ for limit, environment, flags in json.loads(sys.argv[1]):
 
 # chat_rl with a fault of the given KIND in the steps STEPS.
 TROUBLE = """
-import os, sys, time
+import dataclasses, os, sys, time
 sys.path.insert(0, os.environ["ROOT"])
 import chat_rl
-kind, steps, reward, questions = os.environ["KIND"], map(int, os.environ["STEPS"].split()), chat_rl.Arithmetic.reward, chat_rl.questions_of_step
-steps, now = set(steps), []
+task, questions = chat_rl.TASKS["arithmetic"], chat_rl.questions_of_step
+kind, steps, now = os.environ["KIND"], set(map(int, os.environ["STEPS"].split())), []
 
 def hang(*args):
     print("hanging", flush=True)
     time.sleep(300)
 
-def faulty(self, example, text):
+def faulty(reference, text):
     if now and now[-1] in steps:
         return hang() if kind == "hang" else float(kind)
-    return reward(self, example, text)
+    return task.grader(reference, text)
 
 chat_rl.questions_of_step = lambda run, step: now.append(step) or questions(run, step)
 if kind == "hang in save":
     chat_rl.save = hang
 else:
-    chat_rl.Arithmetic.reward = faulty
+    chat_rl.TASKS["arithmetic"] = dataclasses.replace(task, grader=faulty)
 sys.exit(chat_rl.main(sys.argv[1:]))
 """
 
@@ -477,19 +477,18 @@ def test_damaged_checkpoint_costs_no_other(finished):
         wait_for(lambda: "hanging" in output(finished), 120, "the rollout of step 8")
         process.send_signal(signal.SIGTERM)
         assert ended(process, finished, 10) == 0, output(finished)
-    assert chat_rl.find_resumable(out(finished), torch.device("cpu"), torch.float32)[2]["step"] == 8
+    assert chat_rl.find_resumable(out(finished), torch.device("cpu"))[2]["step"] == 8
 
 
 def test_no_bit_of_a_meta_goes_unnoticed(finished, capsys):
-    """A meta file with a bit flipped, wherever, is passed over, unless the flip is in a digest's name: it says what the run
-    does."""
+    """A meta file with a bit flipped, wherever, is passed over, unless it still says the same."""
     cut_back(finished, 1)
     path = out(finished) / "meta_000001.json"
     whole, bad = path.read_bytes(), []
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 3]) + whole[place + 1:])
-        found = chat_rl.find_resumable(out(finished), torch.device("cpu"), torch.float32)
-        if found and {**found[2], "sha256": {}} != {**json.loads(whole), "sha256": {}}:
+        found = chat_rl.find_resumable(out(finished), torch.device("cpu"))
+        if found and found[2] != json.loads(whole):
             bad.append(whole[place - 12:place + 12].decode())
     assert not bad, (len(bad), bad)
 
@@ -502,14 +501,6 @@ class Touch:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
-
-
-def sign(folder: Path, step: int) -> None:
-    """Makes a meta file's digests those of the files that are there."""
-    path = folder / f"meta_{step:06d}.json"
-    meta = json.loads(path.read_text())
-    meta["sha256"] = {name: gpt.digest(folder / name) for name in meta["sha256"]}
-    path.write_text(json.dumps(meta))
 
 
 def test_no_pickle_runs_code(finished, wholes, tmp_path):
@@ -528,7 +519,7 @@ def test_no_pickle_runs_code(finished, wholes, tmp_path):
         path.write_bytes(pickle.dumps(bad))
         if path.suffix == ".pt":
             torch.save({"lm_head.weight": bad}, path)
-        sign(folder / "chatsft_checkpoints" / "adder", 150) if path.suffix == ".pt" else None
+        sign(folder / "chatsft_checkpoints" / "adder", 150)
         cases.append((path, (RUN, None, {"NANOCHAT_BASE_DIR": str(folder)})))
     half, folder = out(finished, "half"), out(finished)
     (half / "tokenizer.pkl").write_bytes(pickle.dumps(bad))
@@ -607,18 +598,17 @@ def test_any_jsonl_loads_or_is_refused(cache, tmp_path, train, test):
     (folder / "train.jsonl").write_bytes(train)
     (folder / "test.jsonl").write_bytes(test)
     try:
-        task = chat_rl.GSM8K(chat_rl.Flags(data=str(folder)))
+        _, train, test = chat_rl.load_task(chat_rl.Flags(task="gsm8k", data=str(folder)))
     except gpt.UserError as error:
         assert len(str(error).splitlines()) == 1 and str(folder) in str(error)
     else:
-        assert all(isinstance(row[key], str) for row in task.train + task.test for key in ("question", "answer"))
+        assert all(isinstance(text, str) for example in train + test for text in (example.question, example.reference))
 
 
 def grades(text: str) -> list:
     """All that is read from a text that a model wrote."""
-    task = object.__new__(chat_rl.GSM8K)
-    return [chat_rl.leading_number(text), task.final_number(text), task.reward({"answer": "#### 5"}, text),
-            chat_rl.Arithmetic.reward(None, {"answer": "5"}, text)]
+    return [chat_rl.leading_number(text), chat_rl.final_number(text), chat_rl.TASKS["gsm8k"].grader("#### 5", text),
+            chat_rl.TASKS["arithmetic"].grader("5", text)]
 
 
 @settings(**FAST, max_examples=300)

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics, run, tiny_model, weights
+from conftest import ROOT, SHAPE, SMALL, chat, generate, metrics, policy_of, run, tiny_model, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_run import main, untimed
 
 import chat_rl
 import gpt
-from chat_rl import Flags, Group
+from chat_rl import TASKS, Example, Flags, Group
 
 QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you say what it is, sixty tokens or so.",
              "3 + 4", "1 + 1 = ", "Twenty-two characters."]
@@ -29,12 +29,12 @@ fuzz = settings(deadline=None, derandomize=True, max_examples=300)
 # The gradient
 
 
-def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, flags: Flags) -> list[Group]:
+def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1.0, top_k: int = 50) -> list[Group]:
     """Groups with prompts of different lengths, one of them without anything to learn, one with a row of advantage 0;
     completions with forced tokens, with and without a stop token, and of a single token."""
-    prompts = [tokenizer.render(question) for question in QUESTIONS]
-    completions = gpt.generate(model, tokenizer, prompts, 5, 12, flags.temperature, flags.top_k)
-    groups = [Group({}, prompt, group, rewards, chat_rl.advantages_of(rewards))
+    prompts = [tokenizer.render(chat(question)) for question in QUESTIONS]
+    completions = generate(model, tokenizer, prompts, 5, 12, temperature, top_k)
+    groups = [Group(None, prompt, group, rewards, rewards, chat_rl.advantages_of(rewards))
               for prompt, group, rewards in zip(prompts, completions, REWARDS)]
     one, two, three, four, _ = groups[0].completions
     one.tokens[3:6] = [tokenizer.output_start, 55, tokenizer.output_end]
@@ -51,24 +51,23 @@ def sampled_tokens(groups: list[Group]) -> int:
     return sum(sum(c.mask) for group in groups for c in group.completions)
 
 
-def gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
+def gradient(model: gpt.GPT, groups: list[Group], policy: gpt.Policy, size: int = 8) -> torch.Tensor:
     """The project's gradient, of all parameters, as one vector."""
-    buffer = chat_rl.gradient_buffer(model)
-    chat_rl.backward(model, groups, sampled_tokens(groups), flags)
-    return buffer
+    _, vector = gpt.flatten(model)
+    chat_rl.backward(model, groups, policy, size)
+    return vector / sampled_tokens(groups)
 
 
-def plain_gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
+def plain_gradient(model: gpt.GPT, groups: list[Group], policy: gpt.Policy) -> torch.Tensor:
     """The same written out: every row run separately, whole, in float64, with no cache and nothing left out."""
     model, loss = deepcopy(model).double(), 0.0
     model.dtype = torch.float64
-    model.make_rope("cpu")
     for group in groups:
         for c, reward in zip(group.completions, group.rewards):
             advantage, first = reward - sum(group.rewards) / len(group.rewards), len(group.prompt) - 1
             raw = model.lm_head(model(torch.tensor([group.prompt + c.tokens])))[0, first:, :model.config.vocab_size]
-            for row, token, mask in zip(15 * torch.tanh(raw / 15) / flags.temperature, c.tokens, c.mask):
-                kept = row.argsort(descending=True)[:flags.top_k or None].tolist()
+            for row, token, mask in zip(15 * torch.tanh(raw / 15) / policy.temperature, c.tokens, c.mask):
+                kept = row.argsort(descending=True)[:policy.top_k or None].tolist()
                 if token not in kept:              # pushed out by rounding: counts as the last inside
                     kept[-1] = token
                 if mask:
@@ -86,12 +85,11 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     *((generation, 1.0, 50) for generation in gpt.GENERATIONS), ("current", 0.7, 5), ("current", 1.0, 0)])
 def test_gradient_is_the_plain_one(tokenizer, generation, temperature, top_k):
     """For device batch sizes 1, 3, 8 and 100 the gradient is that of every row run alone, to float32's rounding."""
-    model, flags = tiny_model(generation), Flags(temperature=temperature, top_k=top_k)
-    groups = some_groups(model, tokenizer, flags)
-    plain = plain_gradient(model, groups, flags)
+    model = tiny_model(generation)
+    groups, policy = some_groups(model, tokenizer, temperature, top_k), policy_of(model, temperature, top_k)
+    plain = plain_gradient(model, groups, policy)
     for size in (1, 3, 8, 100):
-        flags.device_batch_size = size
-        mine = gradient(model, groups, flags)
+        mine = gradient(model, groups, policy, size)
         assert distance(mine, plain) < 2e-6
         parts = mine.split([p.numel() for p in model.parameters()]), plain.split([p.numel() for p in model.parameters()])
         for (name, _), x, y in zip(model.named_parameters(), *parts):
@@ -99,21 +97,20 @@ def test_gradient_is_the_plain_one(tokenizer, generation, temperature, top_k):
 
 
 def test_gradient_adds_up_over_ranks(tokenizer):
-    """The gradients of two halves of the groups, each over the tokens of the whole step, add up to the step's."""
-    model, flags = tiny_model(), Flags()
-    groups = some_groups(model, tokenizer, flags)
-    whole, num_tokens = gradient(model, groups, flags), sampled_tokens(groups)
-    halves = chat_rl.gradient_buffer(model)
+    """The gradients of two halves of the groups add up to the step's, before they are divided by its tokens."""
+    model = tiny_model()
+    groups, policy = some_groups(model, tokenizer), policy_of(model)
+    whole, (_, halves) = gradient(model, groups, policy), gpt.flatten(model)
     for rank in range(2):
-        chat_rl.backward(model, groups[rank::2], num_tokens, flags)
-    assert distance(halves, whole) < 1e-6
+        chat_rl.backward(model, groups[rank::2], policy, 8)
+    assert distance(halves / sampled_tokens(groups), whole) < 1e-6
 
 
 def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
     """The stop token is in the loss; a forced token is read by those after it, but its own logprob is not in the loss."""
-    model, flags = tiny_model(), Flags()
-    groups = some_groups(model, tokenizer, flags)
-    whole = gradient(model, groups, flags)
+    model = tiny_model()
+    groups, policy = some_groups(model, tokenizer), policy_of(model)
+    whole = gradient(model, groups, policy)
     cleared, learned, reread = deepcopy(groups), deepcopy(groups), deepcopy(groups)
     stops = [c for group in cleared[:2] for c in group.completions if c.tokens[-1] == tokenizer.assistant_end]
     for c in stops:
@@ -124,17 +121,17 @@ def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
     unread = deepcopy(groups)
     unread[0].completions[1].tokens[-1] = 57                                   # forced, and the last: nothing reads it
     for other in (cleared, learned, reread):
-        mine = gradient(model, other, flags)
-        assert distance(mine, plain_gradient(model, other, flags)) < 2e-6
+        mine = gradient(model, other, policy)
+        assert distance(mine, plain_gradient(model, other, policy)) < 2e-6
         assert distance(mine, whole) > 1e-2
-    assert torch.equal(gradient(model, unread, flags), whole)
+    assert torch.equal(gradient(model, unread, policy), whole)
 
 
-def test_nothing_is_computed_twice_or_in_vain(tokenizer):
+def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
     """Each question that has something to learn runs once, whatever the batch; answers without advantage do not run; the
     unembedding sees the sampled tokens' rows alone."""
     model = tiny_model()
-    groups = some_groups(model, tokenizer, Flags())
+    groups, policy, unembed = some_groups(model, tokenizer), policy_of(model), model.unembed
     learned = [(group.prompt, c) for group in groups for c, a in zip(group.completions, group.advantages) if a]
     assert [sum(any(c is own for _, c in learned) for own in group.completions) for group in groups] == [5, 2, 0, 5, 5]
     prefilled, answered, unembedded = [], [], []
@@ -144,11 +141,11 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer):
         (prefilled if cache.prefix is None else answered).extend(ids.tolist())
 
     model.register_forward_pre_hook(note)
-    model.lm_head.register_forward_pre_hook(lambda head, args: unembedded.append(args[0].numel() // args[0].size(-1)))
+    monkeypatch.setattr(gpt.GPT, "unembed", lambda self, x: unembedded.append(x.numel() // x.size(-1)) or unembed(x))
     for size in (1, 2, 3, 8, 100):
         for seen in (prefilled, answered, unembedded):
             seen.clear()
-        _, count = chat_rl.backward(model, groups, 100, Flags(device_batch_size=size))
+        count = chat_rl.backward(model, groups, policy, size)["learned"]
         whole = [group.prompt for group in groups if any(group.advantages)]
         assert sorted(row[:len(prompt)] for row, prompt in zip(prefilled, whole, strict=True)) == sorted(whole)
         longer = [c.tokens[:-1] for _, c in learned if len(c.tokens) > 1]      # a single token leaves nothing to run
@@ -156,19 +153,18 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer):
         assert len(longer) <= len(answered) <= len(learned)
         assert sum(unembedded) == count == sum(sum(c.mask) for _, c in learned)
     prefilled.clear()
-    assert chat_rl.backward(model, [groups[2]], 10, Flags()) == (0.0, 0) and prefilled == []
+    assert chat_rl.backward(model, [groups[2]], policy, 8) == {"learned": 0, "gap": 0.0} and prefilled == []
 
 
 def test_gap_is_measured(tokenizer):
     """backward returns the sum of |sampler − trainer| logprob over the tokens it learned from, and their number."""
-    model, flags = tiny_model(), Flags(temperature=0.8, top_k=20)
-    groups = [Group({}, tokenizer.render(question), [], [], [1.0, -1.0]) for question in QUESTIONS]
-    for group, completions in zip(groups, gpt.generate(model, tokenizer, [g.prompt for g in groups], 2, 12, 0.8, 20)):
-        group.completions = completions
-    gap, count = chat_rl.backward(model, groups, 100, flags)
-    assert count == sampled_tokens(groups) and gap / count < 1e-5
+    model, prompts = tiny_model(), [tokenizer.render(chat(question)) for question in QUESTIONS]
+    completions, policy = generate(model, tokenizer, prompts, 2, 12, 0.8, 20), policy_of(model, 0.8, 20)
+    groups = [Group(None, prompt, group, advantages=[1.0, -1.0]) for prompt, group in zip(prompts, completions)]
+    sums = chat_rl.backward(model, groups, policy, 8)
+    assert sums["learned"] == sampled_tokens(groups) and sums["gap"] / sums["learned"] < 1e-5
     groups[0].completions[0].logprobs[0] += 0.5
-    assert chat_rl.backward(model, groups, 100, flags)[0] == pytest.approx(0.5, abs=1e-2)
+    assert chat_rl.backward(model, groups, policy, 8)["gap"] == pytest.approx(0.5, abs=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,11 +207,14 @@ def test_step_on_ranks_and_batches(base):
     whole, (_, step, _) = step_gradient(base, tags[0]), metrics(base, tags[0])
     assert step["grad_norm"] > 0 and step["grad_norm"] == pytest.approx(whole.norm().item(), rel=1e-5)
     assert 0 < step["reward"] and step["all_right"] + step["all_wrong"] < 0.9 and step["lrm"] == 1
-    changes = [torch.cat([(x - start[key]).flatten() for key, x in weights(base, 1, tag).items()]) for tag in tags]
+    # of two layers backout takes a part of the last one's output, which a norm follows: its gradient is rounding alone
+    parts = [key for key in start if key != "backout_lambda"]
+    states = [weights(base, 1, tag) for tag in tags]
+    changes = [torch.cat([(state[key] - start[key]).flatten() for key in parts]) for state in states]
     for tag, change in zip(tags, changes):
         assert distance(step_gradient(base, tag), whole) < 2e-6
         # Adam's first step is the gradient's sign: a few elements that are nothing but rounding go the other way
-        assert distance(change, changes[0]) < 0.01
+        assert distance(change, changes[0]) < 0.002
         before, mine, after = metrics(base, tag)
         assert mine.keys() == step.keys() and mine["sampler_gap"] < 1e-5
         assert untimed(mine) == pytest.approx(untimed(step), rel=1e-5, abs=1e-5)
@@ -227,7 +226,7 @@ def test_nothing_to_learn_makes_no_step(base):
     """Where all rewards agree no optimizer moves, not even on momentum; the schedule goes on."""
     folder, tokenizer = base / "chatsft_checkpoints" / "fool", chat_rl.byte_tokenizer()
     model = tiny_model()                            # says nothing that is a number
-    gpt.save_checkpoint(folder, 3, model, tokenizer, {"model_config": vars(model.config)})
+    gpt.save_checkpoint(folder, 3, model, tokenizer, {"model_config": SHAPE})
     assert main(base, *SMALL, "--model-tag=fool", "--weight-decay=0.1") == 0
     steps = [line for line in metrics(base, "fool") if "reward" in line]
     assert [line["lrm"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3])
@@ -274,11 +273,11 @@ def test_mean_and_error():
     ("#### 5 #### ", None), ("#### .", None), ("#### -", None), ("#### $", None), ("#### --5", None), ("#### ٥", None)])
 def test_final_number(text, number):
     """The number after the last ####, commas, a leading $ and a trailing full stop aside; None where there is none."""
-    task = object.__new__(chat_rl.GSM8K)
-    assert task.final_number(text) == (None if number is None else Decimal(number))
-    assert task.reward({"answer": "#### 99"}, text) == 0.0
+    grader = TASKS["gsm8k"].grader
+    assert chat_rl.final_number(text) == (None if number is None else Decimal(number))
+    assert grader("#### 99", text) == 0.0
     for form in ("{}", "${}", "{:,.2f}") if number else ():
-        assert task.reward({"answer": f"so\n#### {form.format(Decimal(number))}"}, text) == 1.0
+        assert grader(f"so\n#### {form.format(Decimal(number))}", text) == 1.0
 
 
 @fuzz
@@ -286,38 +285,37 @@ def test_final_number(text, number):
                  st.builds("#### {}".format, st.text("0123456789.,$+-eE \n"))))
 def test_numbers_of_any_text(text):
     """No text breaks the reward, and what is taken for a number is finite."""
-    task = object.__new__(chat_rl.GSM8K)
-    for number in (chat_rl.leading_number(text), task.final_number(text)):
+    for number in (chat_rl.leading_number(text), chat_rl.final_number(text)):
         assert number is None or number.is_finite()
-    assert task.reward({"answer": "#### 5"}, text) in (0.0, 1.0)
-    assert chat_rl.Arithmetic(Flags()).reward({"answer": "5"}, text) in (0.0, 1.0) if len(text) < 3 else True
+    assert TASKS["gsm8k"].grader("#### 5", text) in (0.0, 1.0)
+    assert TASKS["arithmetic"].grader("5", text) in (0.0, 1.0)
 
 
 def test_arithmetic_holds_out_both_orders():
     """No test pair is trained on in either order; all pairs below 100 are in one of the splits; the answers are right."""
-    task = chat_rl.Arithmetic(Flags())
+    grader, (train, test) = TASKS["arithmetic"].grader, chat_rl.make_sums()
 
     def pairs(rows: list[dict]) -> list[tuple[int, int]]:
         numbers = [tuple(map(int, re.findall(r"\d+", row["question"]))) for row in rows]
         assert [str(a + b) for a, b in numbers] == [row["answer"] for row in rows]
         return numbers
 
-    trained, tested = pairs(task.train), pairs(task.test)
+    trained, tested = pairs(train), pairs(test)
     assert not {frozenset(pair) for pair in trained} & {frozenset(pair) for pair in tested}
     assert {frozenset(pair) for pair in trained + tested} == {frozenset((a, b)) for a in range(100) for b in range(100)}
     assert len(set(trained)) == len(trained) and len(set(tested)) == len(tested) >= 100
     assert {(b, a) for a, b in trained} == set(trained)
-    assert task.reward(task.test[0], task.test[0]["answer"]) == 1.0 and task.reward(task.test[0], "x") == 0.0
-    assert [row["question"] for row in chat_rl.Arithmetic(Flags(seed=1)).test] == [row["question"] for row in task.test]
+    assert grader(test[0]["answer"], test[0]["answer"]) == 1.0 and grader(test[0]["answer"], "x") == 0.0
+    assert chat_rl.make_sums() == (train, test)
 
 
 def test_each_epoch_shuffles_all_questions():
     """The steps of an epoch go through the questions once; epochs and seeds differ in order."""
-    task = SimpleNamespace(train=[{"index": i} for i in range(26)])
+    examples = [Example(i, "", "") for i in range(26)]
 
     def order(seed: int, epoch: int) -> list[int]:
-        run = SimpleNamespace(task=task, flags=Flags(examples_per_step=4, seed=seed))
-        return [row["index"] for step in range(6 * epoch, 6 * epoch + 6) for row in chat_rl.questions_of_step(run, step)]
+        run = SimpleNamespace(train=examples, flags=Flags(examples_per_step=4, seed=seed))
+        return [x.index for step in range(6 * epoch, 6 * epoch + 6) for x in chat_rl.questions_of_step(run, step)]
 
     orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 5)]
     assert all(len(set(numbers)) == 24 for numbers in orders)
