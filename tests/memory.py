@@ -29,28 +29,28 @@ def memory(c: Config, itemsize: int, rollout_rows: int, num_samples: int, prompt
            recompute: bool = False, matrix_optimizer: str = "adamw") -> dict[str, float]:
     """Bytes of each part of a step on one rank. `itemsize` is that of the arithmetic's type; `rollout_rows` are sampled at
     once, `num_samples` to a prompt of `prompt` tokens, each of `new` tokens; `batch` rows are learned from at once."""
-    base, tables = count(replace(c, lora_rank=0)), c.vocab_rows * c.n_embd * (2 - c.tied)
+    base, L, halved = count(replace(c, lora_rank=0)), c.n_layer, itemsize < 4
     learned = count(c) - base if c.lora_rank else base
-    halved, L = itemsize < 4, c.n_layer                     # float32 weights are cast to a smaller type
-    cast = itemsize * (learned if c.lora_rank else base - tables) if halved else 0
+    matrices = learned if c.lora_rank else L * c.n_embd * (2 * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.mlp_width)
+    cast = itemsize * matrices if halved else 0             # float32 weights are cast to a smaller type
     kv, block = 2 * c.n_kv_head * c.head_dim * itemsize, block_memory(c, itemsize)
     tokens = batch * (prompt + new)                         # as many questions as rows run at once, and as many completions
+    logits = 4 * 4 * max(c.vocab_rows, min(gpt.LOGITS_AT_ONCE, batch * new * c.vocab_rows))     # with what is made of them
     read = 4 * kv * L * batch * prompt                      # copies of the questions' keys and values, and their gradients
-    if recompute:                                           # a block's input, keys and values, and one block as a whole
-        kept = tokens * L * (c.n_embd * itemsize + kv) + batch * new * block + 2 * cast / L
+    if recompute:                                           # a block's input, keys and values; one block, when no logits are left
+        kept = tokens * L * (c.n_embd * itemsize + kv) + max(batch * new * block + cast / L - logits, 0)
     else:                                                   # and the questions' keys and values of all heads
         kept = tokens * L * block + 2 * cast + 2 * c.n_head * c.head_dim * itemsize * L * batch * prompt
-    logits = 4 * max(c.vocab_rows, min(gpt.LOGITS_AT_ONCE, batch * new * c.vocab_rows))
     table = c.vocab_rows * c.n_embd * (itemsize * halved + 4) * (not c.lora_rank)           # a cast of it, and its gradient
     return {
         "weights": itemsize * base + 4 * learned if c.lora_rank else 4 * base,
         "sampler": itemsize * learned if halved else 0,     # its copy
         "gradient": 4 * learned,
-        "optimizer": (4 if matrix_optimizer == "muon" else 8) * learned,
+        "optimizer": 8 * learned - 4 * matrices * (matrix_optimizer == "muon"),
         "keys and values": kv * L * rollout_rows * (new + 2 * prompt / num_samples),
         "before": 4 * learned,                              # the weights before the step, to measure it by
         "activations": kept + read + 3 * itemsize * batch * new * (prompt + new),
-        "logits": 4 * logits + table,
+        "logits": logits + table,
     }
 
 
