@@ -6,10 +6,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import tiktoken
 import torch
-from conftest import SMALL, chat, generate, metrics, run, sign, weights
+from conftest import SMALL, chat, metrics, run, sign, weights
 
 import chat_rl
 import gpt
@@ -18,11 +19,14 @@ import gpt
 LIVELY = [*SMALL, "--examples-per-step=16", "--num-samples=12", "--eval-examples=7"]
 
 
-def main(base: Path, *flags: str) -> int:
-    """Runs chat_rl.py in this process; returns its exit status."""
+def main(base: Path, *flags: str, picture: bool = False) -> int:
+    """Runs chat_rl.py in this process; returns its exit status. Drawing curve.png takes longer than a short run: only where a
+    picture is asked for."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        if not picture:
+            patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
         try:
             return chat_rl.main([str(flag) for flag in flags])
         except SystemExit as end:
@@ -93,7 +97,7 @@ def test_what_a_run_writes(base, capsys):
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, tokenizer, meta)
     flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--eval-samples=4"]
-    assert main(base, *LIVELY, *flags) == 0
+    assert main(base, *LIVELY, *flags, picture=True) == 0
     printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
     saved = {name.format(step) for step in (3, 4)
              for name in ("model_00000{}.pt", "meta_00000{}.json", "optim_00000{}.pt")}

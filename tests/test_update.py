@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SHAPE, SMALL, chat, generate, metrics, policy_of, run, tiny_model, weights
-from test_run import main, untimed
+from test_run import main, samples, untimed
 
 import chat_rl
 import gpt
@@ -173,7 +173,8 @@ def test_gap_is_measured(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # A step of a real run
 
-STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=7", "--eval-samples=2"]
+STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=9", "--eval-samples=2",
+        "--init-lr-frac=0.5"]
 SEVERAL = """
 import os, sys
 sys.path.insert(0, os.environ["ROOT"])
@@ -232,6 +233,9 @@ def test_step_on_ranks_and_batches(base):
         assert untimed(step) == pytest.approx(untimed(line), rel=1e-5, abs=1e-5)
     assert main(base, *STEP, f"--model-tag={base / 'chatrl_checkpoints' / tags[-1]}", "--max-steps=0") == 0
     assert metrics(base, f"evaluations/{tags[-1]}") == [{**metrics(base, tags[-1])[-1], "step": 0}]
+    begun, after = samples(base, 0, tags[-1]), samples(base, 1, tags[-1])
+    assert samples(base, 0, f"evaluations/{tags[-1]}") == after
+    assert begun[1::2] != after[1::2]               # rank 1's
 
 
 def test_nothing_to_learn_makes_no_step(base):
