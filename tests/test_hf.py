@@ -1296,7 +1296,7 @@ def test_long_questions_are_measured_against_the_positions(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-WIDE = gpt.Config(512, 512, n_layer=6, n_head=4, n_kv_head=2, n_embd=128, head_dim=32, mlp_width=256, max_positions=512)
+WIDE = gpt.Config(512, 512, n_layer=5, n_head=4, n_kv_head=2, n_embd=128, head_dim=32, mlp_width=256, max_positions=512)
 SHAPES = {"llama": WIDE, "qwen2": replace(WIDE, qkv_bias=True, n_kv_head=4, vocab_rows=2000, vocab_size=1900, tied=True),
           "qwen3": replace(WIDE, qk_norm="before", head_dim=64, n_kv_head=1, mlp_width=400), "lora": replace(WIDE, lora_rank=8)}
 
@@ -1358,7 +1358,7 @@ def test_memory_of_what_stays(shape):
         assert size(*states) == pytest.approx(parts["optimizer"], rel=0.02)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_memory_of_the_cache(shape):
     """Keys and values of 32 rows, four of which share a question, and little else."""
     config = SHAPES[shape]
