@@ -38,7 +38,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -66,14 +66,18 @@ def flag(default: Any, help: str, low: float = -math.inf, choices: tuple = (), r
     return field(default=default, metadata=dict(help=help, low=low, choices=choices, resumable=resumable))
 
 
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 @dataclass
 class Flags:
     run: str = flag("dummy", "name of the Weights & Biases run (dummy: do not use W&B)", resumable=True)
     tensorboard: bool = flag(False, "write the metrics for TensorBoard too", resumable=True)
     device_type: str = flag("", "cuda, mps or cpu (default: the first of these that is there)",
-                            choices=("", "cuda", "mps", "cpu"), resumable=True)
+                            choices=("cuda", "mps", "cpu"), resumable=True)
     dtype: str = flag("", "of the arithmetic (default: bfloat16 where the GPU has it, else float32)",
-                      choices=("", "bfloat16", "float32"))
+                      choices=("bfloat16", "float32"))
     model_tag: str | None = flag(None, "nanochat tag such as d20, folder (nanochat's or Hugging Face's) or hub name "
                                  "(default: the largest d<N>)", resumable=True)
     model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", low=0, resumable=True)
@@ -107,7 +111,8 @@ class Flags:
     recompute: bool = flag(False, "compute blocks again in the backward: slower, in less memory", resumable=True)
     updates_per_rollout: int = flag(1, "optimizer steps that a rollout is dealt out to", low=1)
     clip: str = flag("", "PPO's clip of the ratio, such as 0.2, or 0.2,0.28 for low and high (default: none)")
-    max_ratio: float = flag(0.0, "leave out updates with a token's ratio, or its inverse, above this (0: none)", low=0)
+    max_ratio: float | None = flag(None, "leave out updates with a token's ratio, or its inverse, above this (default: none)",
+                                   low=1.001)
     matrix_optimizer: str = flag("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
     embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)", low=0)
     unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)", low=0)
@@ -353,21 +358,25 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_t
     """The updates of a step. Returns what they did: metrics."""
     flags, clip = run.flags, clip_of(run.flags)
     before = learner.weights.clone()
-    norms, parts = [], []
+    norms, drifts = [], []                  # of each part: the gradient's norm, log π / π_sampled of its tokens
     for part, tokens in deal(run, groups, num_tokens, ranks):
         learner.gradient.zero_()
-        log_ratios = backward(learner.model, part, policy, flags.device_batch_size, partial(loss_of, clip=clip))
-        parts.append(log_ratios)
-        if flags.max_ratio and ranks.max(largest(log_ratios)) > math.log(flags.max_ratio):
-            continue
-        norms.append(update(run, learner, tokens, ranks))
-    drift = measure_drift(parts, clip, ranks)
+        drifts.append(backward(learner.model, part, policy, flags.device_batch_size, partial(loss_of, clip=clip)))
+        if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
+            norms.append(update(run, learner, tokens, ranks))
+    drifts = drifts or [torch.zeros(0)]
+    first = ranks.sum(measure_drift(drifts[0], clip))
+    total = ranks.sum(measure_drift(torch.cat(drifts), clip))
+    count = max(total["tokens"], 1)
     return {
-        "grad_norm": statistics.fmean(norms) if norms else 0.0,
+        "grad_norm": statistics.fmean(norms or [0.0]),
         "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
-        "advantage_tokens": drift.pop("tokens") / num_tokens,
-        "parts_left_out": len(parts) - len(norms),
-        **drift,
+        "advantage_tokens": total["tokens"] / num_tokens,
+        "parts_left_out": len(drifts) - len(norms) if total["tokens"] else 0,
+        "sampler_gap": first["gap"] / max(first["tokens"], 1),  # before any update
+        "ratio_max": math.exp(min(ranks.max(max(map(largest, drifts))), 700)),
+        "approx_kl": total["kl"] / count,
+        "clip_fraction": total["clipped"] / count,
     }
 
 
@@ -380,29 +389,15 @@ def largest(log_ratios: Tensor) -> float:
     return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
 
 
-def measure_drift(parts: list[Tensor], clip: tuple[float, ...], ranks: Ranks) -> dict[str, float]:
-    """How far the policy was from the one that sampled, given log π / π_sampled of the tokens of each part."""
-    none = torch.zeros(0)
-    parts = [part.cpu() for part in parts]
-    first, drift = torch.cat([none, *parts[:1]]), torch.cat([none, *parts])
+def measure_drift(drift: Tensor, clip: tuple[float, ...]) -> dict[str, float]:
+    """How far the policy was from the one that sampled, given log π / π_sampled of tokens: sums over them."""
     ratio = drift.exp()
     low, high = (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
-    sums = ranks.sum(
-        {
-            "tokens": len(drift),
-            "first": len(first),
-            "gap": first.abs().sum().item(),
-            "clipped": ((ratio < low) | (ratio > high)).sum().item(),
-            "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
-        }
-    )
-    count = max(sums["tokens"], 1)
     return {
-        "tokens": sums["tokens"],
-        "sampler_gap": sums["gap"] / max(sums["first"], 1),  # before any update
-        "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
-        "approx_kl": sums["kl"] / count,
-        "clip_fraction": sums["clipped"] / count,
+        "tokens": len(drift),
+        "gap": drift.abs().sum().item(),
+        "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
+        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
     }
 
 
@@ -760,112 +755,95 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
         place = f"row {row.get('row', i)} of {where}"
         for key in (task.prompt_key, task.answer_key):
             if row.get(key) in (None, "", []):
-                keys = ", ".join(key for key in row if key != "row" and row[key] is not None)
-                raise UserError(
-                    f"{place} has no {key!r} (it has {keys}): name the columns by --prompt-key and --answer-key, or "
-                    "mend the row"
-                )
-        references = row[task.answer_key] if isinstance(row[task.answer_key], list) else [row[task.answer_key]]
-        references = [str(reference) for reference in references if task.grader.reads(str(reference))]
-        if references:
-            examples.append(Example(i, prompt_in(task, row[task.prompt_key], place), references, task))
+                there = ", ".join(name for name, value in row.items() if name != "row" and value is not None)
+                raise UserError(f"{place} has no {key!r} (it has {there}): name the columns by --prompt-key and "
+                                "--answer-key, or mend the row")
+        prompt, answer = row[task.prompt_key], row[task.answer_key]
+        references = map(str, answer if isinstance(answer, list) else [answer])
+        if references := [reference for reference in references if task.grader.reads(reference)]:
+            examples.append(Example(i, prompt_in(task, prompt, place), references, task))
         else:
             unread.append(place)
     if unread:
-        say(
-            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, "
-            f"the first in {unread[0]}"
-        )
+        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the first "
+            f"in {unread[0]}")
     if not examples:
-        raise UserError(
-            f"{where} has no question with a reference that the grader can read: pass --data another place, or take "
-            "another --grader"
-        )
+        what = "questions with references that the grader can read" if rows else "questions"
+        raise UserError(f"{where} has no {what}: pass --data (or --eval-data) another place, or another --grader")
     return examples
 
 
 def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
     """The prompt of a column's value: a question, a list of messages, or text with the model's own markers."""
-    if isinstance(value, str) and task.raw_prompt:
+    if not isinstance(value, str):
+        return checked_messages(value, place, "user")
+    if task.raw_prompt:
         return value
-    if isinstance(value, str):
-        messages = [*task.few_shot, {"role": "user", "content": value + task.suffix}]
-        own = not task.system or messages[0]["role"] == "system"
-        return messages if own else [{"role": "system", "content": task.system}, *messages]
-    return checked_messages(value, place, "user")
+    messages = [*task.few_shot, {"role": "user", "content": value + task.suffix}]
+    own = not task.system or messages[0]["role"] == "system"
+    return messages if own else [{"role": "system", "content": task.system}, *messages]
 
 
 def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     """A chat that ends with a message of that role. Raises UserError where it is none."""
-
-    def is_message(m: Any) -> bool:
-        return (
-            isinstance(m, dict)
-            and m.get("role") in ("system", "user", "assistant")
-            and isinstance(m.get("content"), str)
-        )
-
-    known = isinstance(value, list) and all(map(is_message, value))
-    if not known or not value or value[-1]["role"] != last or any(m["role"] == "system" for m in value[1:]):
-        raise UserError(
-            f"{place} is no list of messages with a role (system for the first alone, user, assistant) and a content "
-            f"that ends with the {last}'s: mend it"
-        )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    messages = [m if isinstance(m, dict) else {} for m in value] if isinstance(value, list) else []
+    roles = " ".join(str(m.get("role")) for m in messages)
+    texts = all(isinstance(m.get("content"), str) for m in messages)
+    if not texts or not re.fullmatch(rf"(system )?((user|assistant) )*{last}", roles):
+        raise UserError(f"{place} is no list of messages with a role (system for the first alone, user, assistant) and a "
+                        f"content that ends with the {last}'s: mend it")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def read_few_shot(path: str) -> tuple[dict, ...]:
+def read_text(name: str, flags: Flags) -> str | None:
+    """The text of the file that a flag names. Raises UserError."""
     try:
-        value = json.loads(Path(path).read_text())
+        return Path(getattr(flags, name)).read_text() if getattr(flags, name) else None
     except (OSError, ValueError) as error:
-        raise UserError(f"--few-shot {path} cannot be read: {gpt.one_line(error)}") from error
-    return tuple(checked_messages(value, f"--few-shot {path}", "assistant"))
+        raise UserError(f"{option(name)} {getattr(flags, name)} cannot be read: {gpt.one_line(error)}") from error
+
+
+def parsed(text: str) -> Any:
+    """What a text says in JSON, None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def task_of(name: str, flags: Flags) -> Task:
     """A row of TASKS, as the flags override it. Raises UserError."""
-    if name not in TASKS:
-        raise UserError(f"--task {name} is unknown: choose {', '.join(TASKS)}")
-    if flags.grader not in (None, *GRADERS):
-        raise UserError(f"--grader {flags.grader} is unknown: choose {', '.join(GRADERS)}")
+    for key, given, known in (("task", name, TASKS), ("grader", flags.grader or "exact", GRADERS)):
+        if given not in known:
+            raise UserError(f"--{key} {given} is unknown: choose {', '.join(known)}")
     given = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
-    if "grader" in given:
+    if flags.grader:
         given["grader"] = GRADERS[flags.grader]
-    if "few_shot" in given:
-        given["few_shot"] = read_few_shot(flags.few_shot)
+    if flags.few_shot:
+        value = parsed(read_text("few_shot", flags))
+        given["few_shot"] = tuple(checked_messages(value, f"--few-shot {flags.few_shot}", "assistant"))
     return replace(TASKS[name], **given)
 
 
 def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
-    task = task_of(flags.task, flags)
-    rows = {}
-    if task.data and (flags.max_steps != 0 or not task.eval_data):
-        rows = task.data() if callable(task.data) else load_rows(task.data)
-    train, where = [], task.data if isinstance(task.data, str) else flags.task
+    task, train, tests = task_of(flags.task, flags), [], {}
+    make = task.data if callable(task.data) else partial(load_rows, task.data)
+    where = flags.task if callable(task.data) else task.data or f"{flags.task} without --data"
+    splits = make() if task.data and (flags.max_steps != 0 or not task.eval_data) else {}
     if flags.max_steps != 0:
-        if not rows.get("train"):
-            raise UserError(
-                f"{where or flags.task} has no training questions: pass --data a place with a train file"
-            )
-        train = load_examples(task, rows["train"], f"train in {where}")
+        train = load_examples(task, splits.get("train", []), f"train of {where}")
     if not task.eval_data:
-        if not rows.get("test"):
-            raise UserError(
-                f"{where or flags.task} has no test questions: add a test file, or pass --eval-data a place that has"
-            )
-        return train, {"": load_examples(task, rows["test"], f"test in {where}")}
-    tests, parts = {}, [part.rpartition("=") for part in task.eval_data.split(",")]
+        return train, {"": load_examples(task, splits.get("test", []), f"test of {where}")}
+    parts = [part.rpartition("=") for part in task.eval_data.split(",")]
     if len({name for name, _, place in parts if place}) < len(parts):
-        raise UserError(
-            f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place"
-        )
+        raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
     for name, _, place in parts:
-        own = TASKS.get(name, task)
         splits = load_rows(place)
-        if not splits.get("test") and len(splits) > 1:
+        if "test" not in splits and len(splits) > 1:
             raise UserError(f"--eval-data {place} has no test questions: name a file")
-        tests[name] = load_examples(own, splits.get("test") or [*splits.values()][0], f"test in {place}")
+        rows = splits.get("test") or next(iter(splits.values()))
+        tests[name] = load_examples(TASKS.get(name, task), rows, f"test of {place}")
     return train, tests
 
 
@@ -904,13 +882,8 @@ def progress_bar(total: int, title: str, unit: str) -> tqdm:
 
 def json_line(content: dict) -> bytes:
     """A line of JSON, with null for what is infinite or not a number."""
-
-    def finite(x: Any) -> Any:
-        if isinstance(x, list):
-            return [finite(item) for item in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps({key: finite(x) for key, x in content.items()}).encode() + b"\n"
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    return json.dumps(finite).encode() + b"\n"
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -925,6 +898,19 @@ def read_lines(path: Path) -> list[dict]:
     if damaged:
         say(f"passing over {damaged} damaged line{'s' * (damaged > 1)} in {path}")
     return lines
+
+
+# The pictures in curve.png, and the metrics that each shows.
+PANELS = {
+    "reward (mean of the step)": ["reward"],
+    "test questions solved (± standard error)": [],
+    "completion length (tokens)": ["completion_length"],
+    "share of completions truncated": ["truncated"],
+    "entropy (nats per sampled token)": ["entropy"],
+    "gradient norm": ["grad_norm"],
+    "approx_kl": ["approx_kl"],
+    "seconds per step": ["rollout_seconds", "update_seconds"],
+}
 
 
 class Log:
@@ -990,62 +976,54 @@ class Log:
         rows = [
             {
                 "data": name,
-                "question": str(g.example),
-                "reference": " or ".join(g.example.references),
-                "completions": [text_of(c, tokenizer) for c in g.completions],
-                "rewards": g.rewards,
+                "question": str(group.example),
+                "reference": " or ".join(group.example.references),
+                "completions": [text_of(completion, tokenizer) for completion in group.completions],
+                "rewards": group.rewards,
             }
             for name, part in groups.items()
-            for g in part
+            for group in part
         ]
-        gpt.write_file(
-            self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows)))
-        )
+        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows))))
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
-        group = min(
-            (g for part in groups.values() for g in part),
-            key=lambda g: (not min(g.scores) < 1 <= max(g.scores), sum(score >= 1 for score in g.scores)),
-        )
-        say(f"  question   {shortened(str(group.example))}\n  reference  {shortened(group.example.references[0])}")
-        texts = {score >= 1: text_of(c, tokenizer) for c, score in zip(group.completions, group.scores)}
-        for right in sorted(texts, reverse=True):
-            say(f"  {'right' if right else 'wrong'}      {shortened(texts[right])}")
+        scores = [[score >= 1 for score in group.scores] for part in groups.values() for group in part]
+        right, row = min(zip(scores, rows), key=lambda pair: (len({*pair[0]}) == 1, sum(pair[0])))
+        say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
+        for is_right, said in sorted(dict(zip(right, row["completions"])).items(), reverse=True):
+            say(f"  {'right' if is_right else 'wrong'}      {shortened(said)}")
 
     def log_table(self, step: int, rows: list[dict]) -> None:
-        import wandb
+        import pandas, wandb
 
-        data = [
-            [row["question"], row["reference"], text, reward]
-            for row in rows
-            for text, reward in zip(row["completions"], row["rewards"])
-        ]
-        table = wandb.Table(columns=["question", "reference", "completion", "reward"], data=data)
-        self.wandb.log({"step": step, "samples": table})
+        table = pandas.DataFrame(rows).explode(["completions", "rewards"])
+        self.wandb.log({"step": step, "samples": wandb.Table(dataframe=table)})
 
     def plot(self) -> None:
-        """Draws curve.png anew."""
+        """Draws curve.png anew: each metric of the steps with its mean over ten of them, and the evaluations."""
+        import pandas
         from matplotlib.figure import Figure
 
-        steps = [line for line in self.lines if "reward" in line]
-        figure = Figure(figsize=(12, 7), layout="constrained")
-        axes = dict(zip(PANELS, figure.subplots(2, 3).flat))
-        for title, keys in PANELS.items():
+        table = pandas.DataFrame(self.lines).set_index("step")
+        figure = Figure(figsize=(16, 7), layout="constrained")
+        for axes, (title, keys) in zip(figure.subplots(2, 4).flat, PANELS.items()):
             for key in keys:
-                draw_curve(axes[title], steps, key)
-        draw_evaluations(
-            axes["test questions solved (± standard error)"], [line for line in self.lines if is_evaluation(line)]
-        )
-        for title, part in axes.items():
-            part.set(title=title, xlabel="step")
-            part.grid(alpha=0.3)
-            if part.get_legend_handles_labels()[0]:
-                part.legend(fontsize="small")
+                y = table.reindex(columns=[key])[key].dropna()
+                [line] = axes.plot(y.rolling(10, min_periods=1).mean(), label=key)
+                axes.plot(y, color=line.get_color(), alpha=0.35, linewidth=1)
+            for key in [] if keys else evaluation_keys(evaluations_in(self.lines)[-1]):
+                y = table[[key, key + "_error"]].dropna()
+                style = "--" if key.endswith("greedy") else "-"
+                axes.errorbar(y.index, *y.values.T, label=key, capsize=3, marker="o", markersize=3, linestyle=style)
+            low, high = axes.dataLim.intervaly
+            axes.set(title=title, xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))  # rounding is no trouble
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
         gpt.write_file(self.out / "curve.png", lambda file: figure.savefig(file, dpi=100, format="png"))
 
     def close(self) -> None:
         """Prints what the run has changed, and where to look."""
-        tests = [line for line in self.lines if is_evaluation(line)]
+        tests = evaluations_in(self.lines)
         rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if len(tests) > 1:
             say(f"before  {evaluation_row(tests[0])}\nafter   {evaluation_row(tests[-1])}")
@@ -1058,55 +1036,13 @@ class Log:
             self.tensorboard.close()
 
 
-# The pictures in curve.png, and the metrics that each shows.
-PANELS = {
-    "reward (mean of the step)": ["reward"],
-    "test questions solved (± standard error)": [],
-    "completion length, share truncated": ["completion_length", "truncated"],
-    "entropy (nats per sampled token)": ["entropy"],
-    "gradient norm, approx_kl": ["grad_norm", "approx_kl"],
-    "seconds per step": ["rollout_seconds", "update_seconds"],
-}
-ON_THE_RIGHT = ("truncated", "approx_kl")   # with a scale of their own
-
-
-def draw_curve(axes: Any, steps: list[dict], key: str) -> None:
-    """A metric of the steps, and its mean over ten of them."""
-    color = "tab:orange" if key in (*ON_THE_RIGHT, "update_seconds") else "tab:blue"
-    lines = [line for line in steps if line.get(key) is not None]
-    x, y = [line["step"] for line in lines], [line[key] for line in lines]
-    means = [statistics.fmean(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
-    axes.plot([], [], color=color, label=key)
-    if key in ON_THE_RIGHT:
-        axes = axes.twinx()
-        axes.tick_params(labelcolor=color)
-        axes.set_ylim(0, 1.05 * max([0.01, *y]))        # so that rounding does not look like trouble
-    axes.plot(x, y, color=color, alpha=0.35, linewidth=1)
-    axes.plot(x, means, color=color)
-
-
-def draw_evaluations(axes: Any, tests: list[dict]) -> None:
-    for key in evaluation_keys(tests[-1]) if tests else []:
-        lines = [line for line in tests if key in evaluation_keys(line)]
-        axes.errorbar(
-            [line["step"] for line in lines],
-            [line[key] for line in lines],
-            [line[key + "_error"] for line in lines],
-            label=key,
-            capsize=3,
-            marker="o",
-            markersize=3,
-            linestyle="--" if key.endswith("greedy") else "-",
-        )
-
-
-def is_evaluation(line: dict) -> bool:
-    return any(key.endswith("greedy") for key in line)
-
-
 def shortened(text: str, width: int = 600) -> str:
     text = " ⏎ ".join(text.strip().splitlines())
     return text if len(text) <= width else text[:width] + " …"
+
+
+def evaluations_in(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if any(key.endswith("greedy") for key in line)]
 
 
 def evaluation_keys(metrics: dict) -> list[str]:
@@ -1247,30 +1183,20 @@ def fail(message: str) -> None:
 def parse_flags(argv: list[str]) -> dict:
     """The flags given on the command line. Raises UserError where one is out of range."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
-    for f in fields(Flags):
-        name, kind = "--" + f.name.replace("_", "-"), f.type.split()[0]
-        if kind == "bool":
-            parser.add_argument(name, action="store_true", help=f.metadata["help"])
-        else:
-            default = "" if f.default in (None, "") else f" (default: {f.default})"
-            kinds = {"int": int, "float": float, "str": str}
-            parser.add_argument(name, type=kinds[kind], help=(f.metadata["help"] + default).replace("%", "%%"))
     parser.error = fail
+    kinds = {"bool": None, "int": int, "float": float, "str": str}
+    for f in fields(Flags):
+        kind, default = kinds[f.type.split()[0]], f" (default: {f.default})"
+        help = f.metadata["help"] + default * (str(f.default) not in ("None", "", "False"))
+        options = {"type": kind, "choices": f.metadata["choices"] or None} if kind else {"action": "store_true"}
+        parser.add_argument(option(f.name), help=help.replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
-        value, low, choices = given.get(f.name), f.metadata["low"], f.metadata["choices"]
+        value, low = given.get(f.name), f.metadata["low"]
         if isinstance(value, (int, float)) and not low <= value < 2**63:
-            raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range: the least is {low}")
-        if choices and value not in (None, *choices):
-            raise UserError(
-                f"--{f.name.replace('_', '-')} {value} is unknown: choose {', '.join(filter(None, choices))}"
-            )
-    if 0 < given.get("max_ratio", 0) <= 1:
-        raise UserError(f"--max-ratio {given['max_ratio']} would leave out every update: give a number above 1, or 0")
+            fail(f"{option(f.name)} {value} is out of range: the least is {low}")
     if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
-        raise UserError(
-            f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28"
-        )
+        fail(f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28")
     return given
 
 
@@ -1278,11 +1204,9 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub
     name."""
     folder = base / "chatsft_checkpoints"
-    tags = sorted(path.parent.name for path in folder.glob("*/model_*.pt"))
-    if tag is None:
-        sized = [(int(found[1]), t) for t in tags if (found := re.match(r"d(\d+)", t))]
-        newest = max(tags, key=lambda t: (folder / t).stat().st_mtime, default="starter")
-        tag = max(sized)[1] if sized else newest
+    tags = {path.parent.name: path.parent.stat().st_mtime for path in folder.glob("*/model_*.pt")}
+    if tag is None:                         # as nanochat chooses: the largest d<N>, or else the newest
+        tag = max(tags, key=lambda t: (int(re.match(r"d(\d+)|", t)[1] or -1), tags[t]), default="starter")
     if tag in (*tags, "starter"):
         return folder / tag, tag
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
@@ -1301,33 +1225,32 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
     return next(parent / name for name in names if parent / name not in taken)
 
 
+def load_begun(out: Path, step: int, source: Path | None, tag: str | None, device: torch.device) -> tuple:
+    """What a run's checkpoint holds: model, tokenizer, meta and training state. The frozen weights of adapters come
+    from the run's source; without one `tag` is a hub name."""
+    meta = gpt.load_meta(out / f"meta_{step:06d}.json")
+    training = gpt.load_training(out, meta, device)
+    flags, place = meta["flags"], (out, step)
+    if flags["lora_rank"]:
+        begun = Path(meta["source"]["path"])
+        source = source or (begun if begun.exists() else gpt.find_hub_folder(tag))
+        meta["source"]["path"] = str(source)
+        place = source, meta["source"]["step"]
+    dtype = getattr(torch, flags["dtype"])
+    model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, flags["lora_rank"], meta["chat_template"])
+    return model, tokenizer, meta, training
+
+
 def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
-    """What the last sound checkpoint in a run's folder holds: model, tokenizer, meta and training state. The frozen
-    weights of adapters come from the run's source; without one `tag` is a hub name."""
+    """What the last sound checkpoint in a run's folder holds, if there is one."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
-            meta = gpt.load_meta(out / f"meta_{step:06d}.json")
-            flags = {**asdict(Flags()), **meta["flags"]}
-            training = gpt.load_training(out, meta, device)
-            place = out, step
-            if flags["lora_rank"]:
-                begun = Path(meta["source"]["path"])
-                place = source or (begun if begun.exists() else gpt.find_hub_folder(tag)), meta["source"]["step"]
-                meta["source"]["path"] = str(place[0])
-            path = out / f"{step:06d}" / "chat_template.jinja"
-            template = gpt.read_file(path, meta["sha256"])[:].decode() if path.exists() else None
-            model, tokenizer, loaded = gpt.load_checkpoint(
-                *place, device, getattr(torch, flags["dtype"]), flags["lora_rank"], template
-            )
-            return model, tokenizer, {**loaded, **meta}, training
-        except UserError as error:
-            say(f"passing over step {step}: {error}")
+            return load_begun(out, step, source, tag, device)
         except Exception as error:          # damaged files fail in many ways
-            say(f"passing over step {step}: {out / f'optim_{step:06d}.pt'} cannot be loaded: {gpt.one_line(error)}")
-    return None
+            say(f"passing over step {step}: {gpt.one_line(error)}")
 
 
-def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.device) -> Flags:
+def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> Flags:
     """The flags of a run: those given, else those of the run that goes on, else the preset's. Raises UserError
     where one is given that would make it another run."""
     preset = dict(PRESETS[kind])
@@ -1337,73 +1260,58 @@ def settle_flags(given: dict, kind: str, saved: dict | None, device: torch.devic
         preset |= PRESETS["muon"]
     if "num_epochs" in given:
         preset.pop("max_steps", None)
-    known = {f.name: f.metadata["resumable"] for f in fields(Flags)}
-    if unknown := sorted(set(saved or {}) - set(known)):
+    resumable = {f.name: f.metadata["resumable"] for f in fields(Flags)}
+    if unknown := sorted(saved.keys() - resumable):
         say(f"passing over flags of the run that are unknown here: {', '.join(unknown)}")
-    saved = {name: value for name, value in (saved or {}).items() if name in known}
+    saved = {name: value for name, value in saved.items() if name in resumable}
     flags = Flags(**{**preset, **saved, **given})
-    differing = [name for name in saved if getattr(flags, name) != saved[name] and not known[name]]
-    if differing:
-        raise UserError(
-            "--resume: the run has other flags: "
-            + ", ".join(
-                f"--{name.replace('_', '-')} {saved[name]}, not {getattr(flags, name)}" for name in differing
-            )
-        )
+    for name, value in saved.items():
+        if getattr(flags, name) != value and not resumable[name]:
+            fail(f"--resume: the run has {option(name)} {value}, not {getattr(flags, name)}")
     if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return replace(flags, dtype=flags.dtype or ("bfloat16" if fast else "float32"))
 
 
-def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple:
+def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple[GPT, Any, dict]:
     """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises
     UserError."""
-    there = (source / "config.json").exists() or any(source.glob("model_*.pt")) or gpt.checkpoint_steps(source)
-    if not there and source == base / "chatsft_checkpoints" / "starter":
-        say(
-            f"no checkpoint in {base}: making the starter, a tiny GPT that adds right half the time; --model-tag names another one"
-        )
+    tags = {path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"}
+    if source == base / "chatsft_checkpoints" / "starter" and not gpt.checkpoint_steps(source):
+        say(f"no checkpoint in {base}: making the starter, a tiny GPT that adds right half the time; --model-tag names "
+            "another one")
         make_starter(source)
-    elif not there:
-        tags = sorted({path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"})
-        raise UserError(
-            f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of {', '.join(tags)}, a "
-            "folder with model_*.pt or config.json and *.safetensors, or a hub name"
-        )
-    try:
-        template = Path(flags.chat_template).read_text() if flags.chat_template else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat-template {flags.chat_template} cannot be read: {gpt.one_line(error)}") from error
+    elif not source.is_dir():
+        raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of "
+                        f"{', '.join(sorted(tags))}, a folder with model_*.pt or config.json and *.safetensors, or a hub name")
+    template = read_text("chat_template", flags)
     dtype = getattr(torch, flags.dtype)
-    model, tokenizer, meta = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
+    model, tokenizer, loaded = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
-    digests = [meta["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]
-    meta["source"] = {"path": str(source), "step": meta.get("step"), "sha256": sorted(digests)}
-    return model, tokenizer, meta
+    digests = [loaded["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]
+    meta = {"model_config": loaded["model_config"], "step": 0, "wandb_id": os.urandom(4).hex(), "chat_template": template}
+    return model, tokenizer, {**meta, "source": {"path": str(source), "step": loaded.get("step"), "sha256": sorted(digests)}}
 
 
-def check_same_source(meta: dict, source: Path | None, flags: Flags) -> None:
+def check_same_source(meta: dict, source: Path, step: int | None) -> None:
     """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A
     source that is gone is not needed any more."""
-    step = meta["source"]["step"] if flags.model_step is None else flags.model_step
-    if source and flags.model_step is None and step not in gpt.checkpoint_steps(source):
-        step = None
+    given, digests = step, {}
+    if given is None and meta["source"]["step"] in gpt.checkpoint_steps(source):
+        step = meta["source"]["step"]
     try:
-        files = gpt.checkpoint_files(source, step) if source else []
+        files = gpt.checkpoint_files(source, step)
     except UserError:
-        if flags.model_step is not None:
-            raise
-        return
-    digests = {}
+        if given is None:
+            return
+        raise
     for path in files:
         gpt.read_file(path, digests)
-    if digests and sorted(digests.values()) != meta["source"]["sha256"]:
-        raise UserError(
-            f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume to "
-            "begin anew"
-        )
+    if sorted(digests.values()) != meta["source"]["sha256"]:
+        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume "
+                        "to begin anew")
 
 
 def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
@@ -1431,46 +1339,33 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
             "--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has no template"
         )
     if flags.chat_template_kwargs:
-        try:
-            tokenizer.variables = dict(json.loads(flags.chat_template_kwargs))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object") from error
+        tokenizer.variables = parsed(flags.chat_template_kwargs)
+        if not isinstance(tokenizer.variables, dict):
+            raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object")
 
 
-def load(
-    given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks
-) -> tuple[Flags, GPT, Any, dict, dict | None]:
+def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, Any]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
-    going_on = given.get("resume") and gpt.checkpoint_steps(out)
-    resumed = find_resumable(out, source, given.get("model_tag"), ranks.device) if going_on else None
-    model, tokenizer, meta, training = resumed or (None, None, {}, None)
-    if source is None:
-        source = Path(meta["source"]["path"]) if resumed else gpt.find_hub_folder(given["model_tag"])
-    kind = "starter" if source == base / "chatsft_checkpoints" / "starter" else "nanochat"
-    if (
-        source
-        and [*source.glob("config.json"), *source.glob("*/config.json")]
-        or "hidden_size" in meta.get("model_config", ())
-    ):
+    tag, training = given.get("model_tag"), None
+    resumed = find_resumable(out, source, tag, ranks.device) if given.get("resume") else None
+    if not resumed:
+        source = source or gpt.find_hub_folder(tag)
+    place = out if resumed else source
+    kind = "nanochat"
+    if any((*place.glob("config.json"), *place.glob("*/config.json"))):
         kind = "huggingface"
-    flags = settle_flags(given, kind, meta.get("flags"), ranks.device)
+    if source == base / "chatsft_checkpoints" / "starter":
+        kind = "starter"
+    flags = settle_flags(given, kind, resumed[2]["flags"] if resumed else {}, ranks.device)
     if flags.examples_per_step % ranks.size:
-        raise UserError(
-            f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
-            f"make it a multiple of {ranks.size}"
-        )
+        raise UserError(f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
+                        f"make it a multiple of {ranks.size}")
     if resumed:
-        check_same_source(meta, source, flags)
-        meta = {**meta, "flags": asdict(flags)}
+        model, tokenizer, meta, training = resumed
+        check_same_source(meta, source or Path(meta["source"]["path"]), flags.model_step)
     else:
-        model, tokenizer, loaded = load_source(source, base, flags, ranks.device)
-        meta = {
-            "model_config": loaded["model_config"],
-            "flags": asdict(flags),
-            "source": loaded["source"],
-            "step": 0,
-            "wandb_id": os.urandom(4).hex(),
-        }
+        model, tokenizer, meta = load_source(source, base, flags, ranks.device)
+    meta["flags"] = asdict(flags)
     model.recompute = flags.recompute
     set_template(tokenizer, flags, meta)
     return flags, model, tokenizer, meta, training
@@ -1507,8 +1402,7 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(train) // flags.examples_per_step)
-    stack.enter_context(locked(out))
-    make_folder(out, fresh=training is None and num_steps > 0)
+    claim(out, training is None and num_steps > 0, stack)
     run = Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"])
     return run, {"model": model, "training": training}
 
@@ -1522,41 +1416,24 @@ def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
         )
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's folder, until this process is done or dead. Raises UserError where another is
-    in it."""
+def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
+    """Makes the run's folder and keeps other runs out of it while the stack is open and this process alive. What an
+    earlier run left there is moved to previous/<tag>-<n> by a fresh one. Raises UserError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(out.with_name(f".{out.name}.lock"), "w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its own"
-            ) from error
-        yield
-
-
-def make_folder(out: Path, fresh: bool) -> None:
-    """Makes the run's folder; what an earlier run left there is moved to previous/<tag>-<n>. Raises UserError."""
-    try:
+        lock = stack.enter_context(open(out.with_name(f".{out.name}.lock"), "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if fresh and out.exists() and any(out.iterdir()):
-            previous = out.parent / "previous"
-            previous.mkdir(exist_ok=True)
-            place = next(p for n in itertools.count(1) if not (p := previous / f"{out.name}-{n}").exists())
+            places = (out.parent / "previous" / f"{out.name}-{n}" for n in itertools.count(1))
+            place = next(place for place in places if not place.exists())
+            place.parent.mkdir(exist_ok=True)
             out.rename(place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(parents=True, exist_ok=True)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its own") from error
     except OSError as error:
-        raise UserError(
-            f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to"
-        ) from error
+        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to") from error
 
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:

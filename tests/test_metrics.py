@@ -145,7 +145,7 @@ class Recorder(SimpleNamespace):
     """A `wandb`, and its run, that write down what they are told."""
 
     def __init__(self):
-        super().__init__(calls=[], Settings=lambda **more: more, Table=lambda columns, data: {"columns": columns, "data": data})
+        super().__init__(calls=[], Settings=lambda **more: more, Table=lambda dataframe: dataframe)
 
     def init(self, **more: Any) -> "Recorder":
         self.calls.append(("init", more))
@@ -401,8 +401,9 @@ def test_weights_and_biases_is_told_all(whole):
     assert [table["step"] for table in tables] == [0, 1, 2] and all(len(table) == 2 for table in tables)
     for table in tables:
         rows = samples(whole.base, table["step"])
-        assert table["samples"] == {"columns": ["question", "reference", "completion", "reward"], "data": [
-            [row["question"], row["reference"], *pair] for row in rows for pair in zip(row["completions"], row["rewards"])]}
+        assert table["samples"].to_dict("records") == [
+            {**row, "completions": text, "rewards": reward}
+            for row in rows for text, reward in zip(row["completions"], row["rewards"])]
     assert recorded.calls[0][0] == "init" and [name for name, _ in recorded.calls].index("finish") == len(recorded.calls) - 1
 
 

@@ -131,7 +131,7 @@ def test_aime_is_for_evaluation_only(monkeypatch):
     monkeypatch.setattr(chat_rl, "load_rows", lambda place, config=None: {"HuggingFaceH4/aime_2024": {"train": AIME}}[place])
     train, tests = load("aime", max_steps=0)
     assert train == [] and len(tests[""]) == 12
-    with pytest.raises(gpt.UserError, match="aime has no training questions: pass --data"):
+    with pytest.raises(gpt.UserError, match="train of aime without --data has no questions: pass --data"):
         load("aime")
 
 
@@ -534,9 +534,9 @@ def test_other_bad_input_is_refused(base, tmp_path, capsys):
             ([f"--data={unread}"], ["unread", "--grader"]),
             ([f"--data={tmp_path / 'nowhere'}"], ["nowhere", "--data"]),
             ([f"--data={broken}"], ["broken.jsonl"]),
-            ([f"--data={only_test}"], ["only-test has no training questions", "--data"]),
-            ([f"--data={only_train}"], ["only-train has no test questions", "--eval-data"]),
-            (["--data="], ["jsonl has no training questions", "--data"]),
+            ([f"--data={only_test}"], ["train of ", "only-test has no questions", "--data"]),
+            ([f"--data={only_train}"], ["test of ", "only-train has no questions", "--eval-data"]),
+            (["--data="], ["train of jsonl without --data has no questions"]),
             (["--eval-data=nowhere.jsonl"], ["nowhere.jsonl"]),
             ([f"--eval-data={tests},{tests}"], ["--eval-data", "name=place"]),
             ([f"--eval-data=a={tests},a={tests}"], ["--eval-data", "name=place"]),
