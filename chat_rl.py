@@ -1098,22 +1098,19 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
 
 
 def teach(
-    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, max_steps: int = 1000
+    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, optimizers: list, max_steps: int = 1000
 ) -> int:
     """Supervised learning of the references, `size` questions a step, until the model's own completions score
     `goal`. It is the update of RL, with one completion per question and the whole softmax for a policy. Returns the
     number of steps."""
     _, gradient = gpt.flatten(model)
-    optimizers, sampler = gpt.make_optimizers(model), Sampler(model, tokenizer)
-    policy, generator = Policy(1.0, 0, model.config.softcap), torch.Generator().manual_seed(0)
+    sampler, policy = Sampler(model, tokenizer), Policy(1.0, 0, model.config.softcap)
+    generator = torch.Generator().manual_seed(0)
     for step in tqdm(range(max_steps), desc="starter", unit="step", leave=False, disable=None):
-        if step % 10 == 0 and ability(sampler, examples[:: max(1, len(examples) // 400)], policy) >= goal:
+        if step % 5 == 0 and ability(sampler, examples[:: max(1, len(examples) // 400)], policy) >= goal:
             return step
-        groups = []
-        for i in torch.randint(len(examples), (size,), generator=generator).tolist():
-            tokens = [*tokenizer.encode(examples[i].references[0]), tokenizer.stops[0]]
-            lesson = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
-            groups.append(Group(examples[i], prompt_of(examples[i], tokenizer), [lesson], advantages=[1.0]))
+        picks = torch.randint(len(examples), (size,), generator=generator).tolist()
+        groups = [lesson_of(examples[i], tokenizer) for i in picks]
         gradient.zero_()
         gradient /= len(backward(model, groups, policy, size, imitate))
         gpt.step_optimizers(optimizers, 1.0)
@@ -1121,12 +1118,21 @@ def teach(
     return max_steps
 
 
+def lesson_of(example: Example, tokenizer: Any) -> Group:
+    """The question, and its reference as if the model had said it."""
+    tokens = [*tokenizer.encode(example.references[0]), tokenizer.stops[0]]
+    said = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
+    return Group(example, prompt_of(example, tokenizer), [said], advantages=[1.0])
+
+
 def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
-    """The mean score of one completion to each example."""
-    completions = sampler.generate([prompt_of(example, sampler.tokenizer) for example in examples], 1, 8, policy)
+    """The mean score of one completion to each example, no longer than the longest reference."""
+    lessons = [lesson_of(example, sampler.tokenizer) for example in examples]
+    longest = max(len(lesson.completions[0].tokens) for lesson in lessons)
+    completions = sampler.generate([lesson.prompt for lesson in lessons], 1, longest, policy)
     return statistics.fmean(
-        example.task.grader(example.references[0], text_of(group[0], sampler.tokenizer))
-        for example, group in zip(examples, completions)
+        example.task.grader(example.references[0], text_of(said, sampler.tokenizer))
+        for example, [said] in zip(examples, completions)
     )
 
 
@@ -1136,7 +1142,7 @@ def make_starter(folder: Path) -> None:
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     examples = load_examples(TASKS["arithmetic"], make_sums()["train"], "arithmetic")
-    steps = teach(model, tokenizer, examples, goal=0.5, size=128)
+    steps = teach(model, tokenizer, examples, goal=0.55, size=128, optimizers=gpt.make_optimizers(model))
     gpt.save_checkpoint(folder, steps, model, tokenizer, {"model_config": shape})
 
 

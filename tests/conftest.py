@@ -89,7 +89,7 @@ def adder_base(tmp_path_factory) -> Path:
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
     examples = chat_rl.load_examples(task, chat_rl.make_sums()["train"], "arithmetic")
-    chat_rl.teach(model, tokenizer, examples, goal=0.2, size=64)
+    chat_rl.teach(model, tokenizer, examples, goal=0.2, size=64, optimizers=gpt.make_optimizers(model))
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": shape})
     return base
 
