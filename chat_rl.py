@@ -190,7 +190,7 @@ class Run:
     """What a run is, the same on every rank; no tensors."""
 
     flags: Flags
-    train: list[Example]
+    questions: list[Example]               # to learn from
     tests: dict[str, list[Example]]         # by the name that their metrics bear
     tokenizer: Any
     meta: dict                              # what every checkpoint's meta file says: model config, flags, source, W&B id
@@ -224,9 +224,9 @@ TRAINING, EVALUATION, DEALING = 0, 1, 2     # what a random number is for is par
 def questions_of_step(run: Run, step: int) -> list[Example]:
     """The training questions of a step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
-    epoch, place = divmod(step, len(run.train) // size)
-    order = shuffled(len(run.train), run.flags.seed, epoch)
-    return [run.train[i] for i in order[place * size : (place + 1) * size]]
+    epoch, place = divmod(step, len(run.questions) // size)
+    order = shuffled(len(run.questions), run.flags.seed, epoch)
+    return [run.questions[i] for i in order[place * size : (place + 1) * size]]
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
@@ -266,9 +266,9 @@ def grade(run: Run, groups: list[Group]) -> list[Group]:
     for group in groups:
         prefill = group.example.task.prefill
         asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
-        begun = "<think>" * asked.rstrip().endswith("<think>") + prefill  # what the prompt has opened
+        opened = "<think>" * asked.rstrip().endswith("<think>") + prefill
         for completion in group.completions:
-            text = begun + text_of(completion, run.tokenizer)
+            text = opened + text_of(completion, run.tokenizer)
             group.scores.append(
                 max(group.example.task.grader(reference, text) for reference in group.example.references)
             )
@@ -403,7 +403,7 @@ def measure_drift(drift: Tensor, clip: tuple[float, ...]) -> dict[str, float]:
 
 def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
     """One step: sample, grade, learn. Returns its metrics, or None where a signal has cut the rollout short."""
-    flags, begun = run.flags, time.monotonic()
+    flags, start = run.flags, time.monotonic()
     examples = questions_of_step(run, run.step)[ranks.rank :: ranks.size]
     policy = learner.policy(flags.temperature, flags.top_k)
     seed = int(gpt.fold(flags.seed, TRAINING, run.step))
@@ -415,7 +415,7 @@ def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
         return None
     total = ranks.sum(tally(groups, run.tokenizer.stops))
     rolled_out = time.monotonic()
-    rollout_seconds = ranks.max(rolled_out - begun)  # of the rank that began first
+    rollout_seconds = ranks.max(rolled_out - start)  # of the rank that began first
     learned = learn(run, learner, groups, policy, total["sampled"], ranks)
     return {
         "reward": total["reward"] / total["completions"],
@@ -1067,7 +1067,7 @@ def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
     )
     if metrics["parts_left_out"]:
         row += f"  {metrics['parts_left_out']} updates left out: the ratio was above --max-ratio"
-    return row if math.isfinite(metrics["grad_norm"]) else row + "  the gradient is not finite: step left out"
+    return row if math.isfinite(metrics["grad_norm"]) else row + "  a gradient is not finite: its update is left out"
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
@@ -1203,6 +1203,8 @@ def parse_flags(argv: list[str]) -> dict:
             fail(f"{option(f.name)} {value} is out of range: the least is {low}")
     if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
         fail(f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28")
+    if given.get("resume") and given.get("max_steps") == 0:
+        fail("--resume has nothing to go on with at --max-steps 0: to evaluate a run, give its folder to --model-tag")
     return given
 
 
@@ -1294,6 +1296,8 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     template = read_text("chat_template", flags)
     dtype = getattr(torch, flags.dtype)
     model, tokenizer, loaded = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
+    if flags.model_step is not None and "step" not in loaded:
+        raise UserError(f"--model-step {flags.model_step}: {source} holds one model, of no step: leave the flag out")
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
     digests = [loaded["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]

@@ -304,7 +304,7 @@ def test_each_epoch_shuffles_all_questions():
     examples = [Example(i, "", [], None) for i in range(26)]
 
     def order(seed: int, epoch: int) -> list[int]:
-        run = SimpleNamespace(train=examples, flags=Flags(examples_per_step=4, seed=seed))
+        run = SimpleNamespace(questions=examples, flags=Flags(examples_per_step=4, seed=seed))
         return [x.index for step in range(6 * epoch, 6 * epoch + 6) for x in chat_rl.questions_of_step(run, step)]
 
     orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 5)]

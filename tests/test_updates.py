@@ -206,7 +206,7 @@ def test_entropy_is_exact(tokenizer, monkeypatch):
     monkeypatch.setattr(gpt, "calculate", lambda expression: "12")
     run, learner = world(tokenizer, temperature=1.3, top_k=7)
     python_start = tokenizer.encode_raw("<|python_start|>")[0]
-    run.train[0] = Example(0, run.train[0].prompt, ["?"], TASK)
+    run.questions[0] = Example(0, run.questions[0].prompt, ["?"], TASK)
     with torch.no_grad():                           # calls of the calculator become likely
         for token in (python_start, tokenizer.call_end):
             learner.model.lm_head.weight[token] *= 4
@@ -304,7 +304,7 @@ def test_parts_that_are_empty_make_no_update(tokenizer, monkeypatch):
     """Fewer groups with an advantage than parts: as many updates as groups; none at all: nothing moves."""
     for right, count in ((lambda text: False, 0), (lambda text: len(text.encode()) % 3 == 0, None)):
         run, learner = world(tokenizer, updates_per_rollout=20)
-        for example in run.train:
+        for example in run.questions:
             example.task = Task("", lambda reference, text: float(right(text)))
         start = learner.weights.clone()
         line, groups, updates = recorded(monkeypatch, run, learner)
