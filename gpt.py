@@ -9,25 +9,25 @@ Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens,
 heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
 
-import ast
 import hashlib
 import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import pickle
 import re
 import signal
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import huggingface_hub
 import jinja2
@@ -52,6 +52,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@contextmanager
+def blaming(what: str, mend: str) -> Iterator[None]:
+    """For work on what may be broken in any way there is: its errors become UserErrors that say so, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({one_line(error)}): {mend}") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks: the processes of a run
 
@@ -62,10 +73,10 @@ class Interrupted(BaseException):
 
 def find_device(device_type: str) -> torch.device:
     """The device of that type, or else the best there is. Raises UserError where it is not there."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(device_type or best)
-    if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best}")
+    if device.type not in ("cpu", best.type):
+        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best.type}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -166,7 +177,7 @@ class Ranks:
 
     def stopping(self) -> bool:
         """Whether any rank was told to stop: the same answer on all."""
-        return self.sum({"signalled": float(self.signalled > 0)})["signalled"] > 0
+        return self.max(self.signalled) > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,25 +237,20 @@ class Cache:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Positions of new tokens ids (B, T), counted from the start of the question: (B or 1, T)."""
-        new = torch.arange(self.size, self.size + ids.size(1), device=ids.device).unsqueeze(0)
-        return new if self.prefix is None else new + self.starts.unsqueeze(1)
+        """Positions of all own tokens, the new ones ids (B, T) included, from the start of the question: (B or 1, S)."""
+        own = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
+        return own if self.prefix is None else own + self.starts.unsqueeze(1)
 
-    def mask(self, ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
         """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
-        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(
-            0
-        )                                   # counted from the completion's start
-        queries = keys[0, self.size :].unsqueeze(1)
+        keys, queries = positions, positions[:, self.size :]
         if self.prefix is not None:
-            shared = torch.arange(self.prefix.kv.size(4), device=ids.device) - self.starts.unsqueeze(1)
-            shared = shared.masked_fill(shared >= 0, -(2**40))  # padding is out of sight
-            keys = torch.cat([shared, keys.expand(len(shared), -1)], dim=1)
-        distance = queries - keys.unsqueeze(1)
+            shared = torch.arange(self.prefix.kv.size(4), device=keys.device).expand(len(keys), -1)
+            padding = shared >= self.starts.unsqueeze(1)
+            keys = torch.cat([shared.masked_fill(padding, 2**40), keys], dim=1)
+        distance = queries.unsqueeze(2) - keys.unsqueeze(1)
         unseen = (distance < 0) | (distance > window)
-        return (
-            torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf).unsqueeze(1)
-        )
+        return distance.new_zeros(distance.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).unsqueeze(1)
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
@@ -363,11 +369,7 @@ GENERATIONS = {                             # of nanochat's model; a checkpoint'
     "spring": dict(rope_base=1e5, qk_scale=1.15, lambdas=True, value_gate=12, value_scale=3.0),
     "current": dict(rope_base=1e5, qk_scale=1.2, lambdas=True, value_gate=12, value_scale=3.0, smear=True),
 }
-SHORT_WINDOWS = {
-    "winter": (2, 1),
-    "spring": (3, 128),
-    "current": (4, 128),
-}                                           # part of sequence_len, rounded up to a multiple
+SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}  # part of the long one, and its rounding
 
 
 def rounded_up(n: float, multiple: int) -> int:
@@ -375,31 +377,19 @@ def rounded_up(n: float, multiple: int) -> int:
 
 
 def nanochat_config(
-    generation: str,
-    sequence_len: int,
-    vocab_size: int,
-    n_layer: int,
-    n_head: int,
-    n_kv_head: int,
-    n_embd: int,
-    window_pattern: str = "L",
-    vocab_rows: int | None = None,
+    generation: str, sequence_len: int, window_pattern: str = "L", vocab_rows: int | None = None, **shape: int
 ) -> Config:
-    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are
-    padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
-    windows = ()
+    """The architecture behind a nanochat checkpoint's `model_config`, whose other fields are named as Config's are;
+    `sequence_len` is the long window. Tables are padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
+    windows, n_layer, n_embd = (), shape["n_layer"], shape["n_embd"]
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
         reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
         windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[: n_layer - 1] + "L")
     return Config(
-        vocab_size,
-        vocab_rows or rounded_up(vocab_size, 64),
-        n_layer,
-        n_head,
-        n_kv_head,
-        n_embd,
-        head_dim=n_embd // n_head,
+        **shape,
+        vocab_rows=vocab_rows or rounded_up(shape["vocab_size"], 64),
+        head_dim=n_embd // shape["n_head"],
         mlp_width=4 * n_embd,
         max_positions=sequence_len,
         windows=windows,
@@ -414,66 +404,57 @@ FAMILIES = {
     "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
     "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
 }
+KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
+    "hidden_act": (None, "silu"),
+    "full_attention": (None,),              # RoPE's settings by the type of layer
+    "partial_rotary_factor": (None, 1),
+    "rope_type": ("default", "llama3"),
+    "tie_word_embeddings": (None, False, True),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"), (None, False)),
+}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-class Fields:
-    """The fields of a config.json. Raises UserError, naming the field, on one that would be run wrong."""
-
-    def __init__(self, raw: dict):
-        self.raw = raw
-
-    def expect(self, good: bool, name: str, known: Any) -> None:
-        if not good:
-            raise UserError(f"config.json: {name} is {self.raw.get(name)!r}; known here: {known}")
-
-    def only(self, name: str, *known: Any) -> None:
-        self.expect(self.raw.get(name) in known, name, known)
-
-    def number(self, name: str, default: float | None = None, kind: type = int) -> float:
-        value = default if self.raw.get(name) is None else self.raw[name]
-        sound = type(value) in (kind, int) and (kind is bool or 0 < value < math.inf)
-        self.expect(sound, name, f"any {kind.__name__}, numbers above 0")
-        return value
 
 
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
     """The architecture that a config.json describes, for a tokenizer with so many ids. Raises UserError, naming the
     field, on whatever would be run wrong."""
-    Fields(raw).only("model_type", *FAMILIES)
+
+    def expect(good: bool, name: str, known: Any) -> None:
+        if not good:
+            raise UserError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
+
+    def number(name: str, default: float | None = None, kind: type = int) -> float:
+        value = default if raw.get(name) is None else raw[name]
+        expect(type(value) in (kind, int) and 0 < value < math.inf, name, f"any {kind.__name__} above 0")
+        return value
+
+    expect(raw.get("model_type") in tuple(FAMILIES), "model_type", tuple(FAMILIES))
     family, defaults = FAMILIES[raw["model_type"]]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
-    Fields(raw).expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
+    expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
-    read = Fields(raw)
-    layers, heads, width = map(read.number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", width // heads)
-    rows = read.number("vocab_size")
-    read.only("hidden_act", None, "silu")
-    read.only("layer_types", None, ["full_attention"] * layers)
-    read.only("full_attention", None)       # RoPE's settings by the type of layer
-    read.only("partial_rotary_factor", None, 1)
-    read.only("rope_type", "default", "llama3")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        read.only(name, None, False)
-    read.expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
-    read.expect(head_dim % 2 == 0, "head_dim", "even numbers")
-    read.expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
-    scaling = [read.number(name, kind=float) for name in LLAMA3] if raw["rope_type"] == "llama3" else ()
+    layers, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads)
+    for name, known in {**KNOWN, "layer_types": (None, ["full_attention"] * layers)}.items():
+        expect(raw.get(name) in known, name, known)
+    expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
+    expect(head_dim % 2 == 0, "head_dim", "even numbers")
+    expect(vocab_size <= number("vocab_size"), "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
+    scaled = raw["rope_type"] == "llama3"
     return Config(
         vocab_size,
-        rows,
-        layers,
-        heads,
-        kv_heads,
-        width,
-        head_dim,
-        mlp_width=read.number("intermediate_size"),
-        max_positions=read.number("max_position_embeddings"),
-        tied=read.number("tie_word_embeddings", False, bool),
-        norm_eps=read.number("rms_norm_eps", 1e-6, float),
-        rope_base=read.number("rope_theta", 1e4, float),
-        rope_scaling=tuple(scaling),
+        vocab_rows=raw["vocab_size"],
+        n_layer=layers,
+        n_head=heads,
+        n_kv_head=kv_heads,
+        n_embd=width,
+        head_dim=head_dim,
+        mlp_width=number("intermediate_size"),
+        max_positions=number("max_position_embeddings"),
+        tied=bool(raw.get("tie_word_embeddings")),
+        norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_base=number("rope_theta", 1e4, float),
+        rope_scaling=tuple(number(name, kind=float) for name in LLAMA3) if scaled else (),
         **family,
     )
 
@@ -517,9 +498,8 @@ class Norm(nn.Module):
 
 def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (B, 1, T, D/2) each."""
-    frequencies = 1.0 / config.rope_base ** (
-        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    )
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling:
         factor, low, high, reach = config.rope_scaling
         turns = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
@@ -542,10 +522,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
-        self.c_q = Linear(C, H * D, config.qkv_bias, config.lora_rank)
-        self.c_k = Linear(C, G * D, config.qkv_bias, config.lora_rank)
-        self.c_v = Linear(C, G * D, config.qkv_bias, config.lora_rank)
-        self.c_proj = Linear(H * D, C, rank=config.lora_rank)
+        linear = partial(Linear, rank=config.lora_rank)
+        self.c_q = linear(C, H * D, config.qkv_bias)
+        self.c_k = linear(C, G * D, config.qkv_bias)
+        self.c_v = linear(C, G * D, config.qkv_bias)
+        self.c_proj = linear(H * D, C)
         if config.qk_norm:
             self.q_norm, self.k_norm = Norm(config, D), Norm(config, D)
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
@@ -593,6 +574,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def recomputed(work: Callable, when: bool) -> Callable:
+    """The work; done again in the backward, to save memory, rather than remembered."""
+    return partial(checkpoint, work, use_reentrant=False) if when else work
+
+
 class GPT(nn.Module):
     """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are
     nanochat's."""
@@ -603,21 +589,25 @@ class GPT(nn.Module):
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
         C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
-        self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))}
-        )
+
+        def table(width: int) -> nn.Embedding:  # without random numbers, which take seconds to begin on "meta"
+            return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+        blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.transformer = nn.ModuleDict({"wte": table(C), "h": blocks})
         self.norm = Norm(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
-        gated = [str(i) for i, block in enumerate(self.transformer.h) if hasattr(block.attn, "ve_gate")]
-        self.value_embeds = nn.ModuleDict(
-            {i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated}
-        )
+        gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
+        self.value_embeds = nn.ModuleDict({i: table(config.n_kv_head * config.head_dim) for i in gated})
         if config.lambdas:
             self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
         if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1)
             self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        for name, p in self.named_parameters():
+            if config.lora_rank and "lora_" not in name:
+                p.requires_grad_(False).data = p.data.to(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -646,9 +636,10 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache, config = cache or Cache(), self.config
-        rope = rope_of(config, cache.positions(ids), self.dtype)
+        positions = cache.positions(ids)
+        rope = rope_of(config, positions[:, cache.size :], self.dtype)
         windows = config.windows or (2**30,) * config.n_layer
-        masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
+        masks = {window: cache.mask(positions, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
@@ -660,11 +651,7 @@ class GPT(nn.Module):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            run = (
-                partial(checkpoint, block, use_reentrant=False)
-                if self.recompute and torch.is_grad_enabled()
-                else block
-            )
+            run = recomputed(block, self.recompute and torch.is_grad_enabled())
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
@@ -681,6 +668,12 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size)."""
         return softcap(self.unembed(hidden), self.config.softcap)
+
+
+def empty_model(config: Config, dtype: torch.dtype) -> GPT:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(config, dtype)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -704,48 +697,28 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-
-
-def evaluate(node: ast.AST) -> int | float:
-    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError on any other syntax."""
-    match node:
-        case ast.Constant(int() | float() as value):
-            return value
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(left), evaluate(right))
-        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(operand))
-        case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
-            return text.count(part)
-    raise TypeError(f"not arithmetic: {type(node).__name__}")
+COUNT = re.compile(r"""(['"])((?:(?!\1).)*)\1\.count\( *(['"])((?:(?!\3).)*)\3 *\)""")  # 'text'.count('part')
 
 
 def calculate(expression: str) -> str | None:
     """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
     nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
-    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
-    counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
-    if len(expression) > 200 or not (arithmetic or counting):
+    if len(expression) > 200:
+        return None
+    if re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression):
+        expression = COUNT.sub(lambda match: f"({match[2].count(match[4])})", expression)
+    if "**" in expression or not re.fullmatch(r"[0-9+\-*/.() ]+", expression):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
-            value = evaluate(ast.parse(expression, mode="eval").body)
+            value = eval(expression)        # without a letter or a bracket in it there is nothing but arithmetic
         if not math.isfinite(value):
             return None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
-        return str(int(value))
+        return str(value)
     text = format(Decimal(f"{value:.10g}"), "f")
     return "0" if text == "-0" else text
 
@@ -759,16 +732,8 @@ class Tokenizer:
     """
 
     SPECIAL = (
-        "bos",
-        "user_start",
-        "user_end",
-        "assistant_start",
-        "assistant_end",
-        "python_start",
-        "python_end",
-        "output_start",
-        "output_end",
-    )
+        "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
+    ).split()
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding, self.vocab_size = encoding, encoding.n_vocab
@@ -807,12 +772,10 @@ class Tokenizer:
         """What is forced after a completion's call, which its last token has closed: the value of what stands
         between the last python_start and this python_end. Empty where there is no call or no value."""
         body = ids[:-1]
-        start = max(
-            (i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None
-        )
-        if start is None or body[start] == self.python_end:
+        borders = [i for i, token in enumerate(body) if token in (self.python_start, self.python_end)]
+        if not borders or body[borders[-1]] == self.python_end:
             return []
-        result = calculate(self.decode(body[start + 1 :]))
+        result = calculate(self.decode(body[borders[-1] + 1 :]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
 
 
@@ -827,11 +790,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """The filter `tojson` of transformers' templates."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -853,6 +812,9 @@ def compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+OTHER_TEMPLATE = "give another by --chat-template FILE"
+
+
 class ChatTokenizer:
     """Hugging Face's: a tokenizer.json and a chat template, out of the `files` of a model's folder. Text that spells a
     special token becomes that token, in messages too."""
@@ -863,36 +825,29 @@ class ChatTokenizer:
         """Raises UserError on files that will not do."""
         self.files = files
         self.variables, self.date = {}, date.today().isoformat()  # of the template; what it takes for today
-        try:
+        with blaming("tokenizer.json is missing or broken", "fetch it again"):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
-        except Exception as error:          # the library raises no other class
-            raise UserError(f"tokenizer.json is missing or broken ({one_line(error)}): fetch it again") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size, self.markers = 1 + max(self.tokenizer.get_vocab().values()), set(
-            self.tokenizer.get_added_tokens_decoder()
-        )
-        settings, *others = (
-            read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-        )
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        self.markers = set(self.tokenizer.get_added_tokens_decoder())
+        settings = read_json(files, "tokenizer_config.json")
         self.special = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in settings.items()
             if name.endswith("_token") and isinstance(value, (str, dict))
         }
-        own = settings.get("chat_template")
-        if isinstance(own, list):
-            own = {entry["name"]: entry["template"] for entry in own}.get("default")
-        try:
-            self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"chat_template.jinja is no text ({error}): give another by --chat-template FILE"
-            ) from error
+        self.template = settings.get("chat_template")
+        if isinstance(self.template, list):
+            self.template = {entry["name"]: entry["template"] for entry in self.template}.get("default")
+        if "chat_template.jinja" in files:
+            with blaming("chat_template.jinja is no text", OTHER_TEMPLATE):
+                self.template = files["chat_template.jinja"].decode()
         if not self.template:
-            raise UserError("the model has no chat template: give one by --chat-template FILE")
-        eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        end = next((end for end in (*(other.get("eos_token_id") for other in others), eos) if end is not None), [])
+            raise UserError(f"the model has no chat template: {OTHER_TEMPLATE}")
+        ends = [read_json(files, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        ends.append(self.tokenizer.token_to_id(self.special.get("eos_token", "")))
+        end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*(end if isinstance(end, list) else [end]), *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
@@ -904,9 +859,9 @@ class ChatTokenizer:
         """Token ids -> text, special tokens as they are spelled; an id without a token is nothing."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def render_text(self, messages: list[dict], **variables: Any) -> str:
+    def render_text(self, messages: list[dict]) -> str:
         """A chat as the template writes it, up to where the assistant begins to speak unless the last message is the
-        assistant's. `variables` are the template's. Raises UserError where it fails."""
+        assistant's. Raises UserError where it fails."""
         known = {
             "tools": None,
             "documents": None,
@@ -914,37 +869,25 @@ class ChatTokenizer:
             "strftime_now": datetime.fromisoformat(self.date).strftime,
             **self.special,
             **self.variables,
-            **variables,
+            "messages": messages,
         }
-        try:
-            return compiled(self.template).render({**known, "messages": messages})
-        except Exception as error:          # a template can fail in any way there is
-            raise UserError(
-                f"the chat template fails ({one_line(error)}): give another by --chat-template FILE"
-            ) from error
+        with blaming("the chat template fails", OTHER_TEMPLATE):
+            return compiled(self.template).render(known)
 
-    def render(self, messages: list[dict], **variables: Any) -> list[int]:
-        return self.encode(self.render_text(messages, **variables))
+    def render(self, messages: list[dict]) -> list[int]:
+        return self.encode(self.render_text(messages))
 
     def turn_end(self) -> list[int]:
         """The added token that the template writes after what the assistant says, if it does."""
-        chat = self.render_text(
-            [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
-        )
-        return [
-            token
-            for after in chat.split("Agreed.")[1:]
-            for token in self.encode(after.lstrip())[:1]
-            if token in self.markers
-        ]
+        said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
+        after = self.render_text(said).partition("Agreed.")[2].lstrip()
+        return [token for token in self.encode(after)[:1] if token in self.markers]
 
 
 def read_json(files: dict[str, bytes], name: str) -> dict:
     """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
-    try:
+    with blaming(f"{name} is no JSON object", "fetch it again"):
         return dict(json.loads(files.get(name, b"{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name} is no JSON object ({one_line(error)}): fetch it again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1085,8 +1028,7 @@ class Sampler:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.source, self.tokenizer = model, tokenizer
-        with torch.device("meta"):
-            self.model = GPT(model.config, model.dtype)
+        self.model = empty_model(model.config, model.dtype)
         state = {name: x.to(model.dtype) if x.ndim > 1 else x for name, x in model.state_dict().items()}
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
@@ -1164,15 +1106,14 @@ def completion_logprobs(
         return policy.logprobs(model.unembed(hidden), tokens)
 
     parts = pieces(model, hidden[sampled], tokens[sampled])
-    run = (
-        partial(checkpoint, logprobs, use_reentrant=False) if len(parts) > 1 else logprobs
-    )                                       # logits are made again
+    run = recomputed(logprobs, len(parts) > 1)  # logits are made again
     return torch.cat([run(*part) for part in parts]), sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
+# of Hugging Face's folders, besides weights
 FILES = (
     "config.json",
     "generation_config.json",
@@ -1180,7 +1121,7 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-)                                           # of Hugging Face's folders, besides weights
+)
 BLOCK = {
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
@@ -1196,15 +1137,15 @@ BLOCK = {
 }
 
 
+KINDS = {"weight": "weight", "bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
 def huggingface_names(n_layer: int) -> dict[str, str]:
-    """GPT's names of parameters -> Hugging Face's, for all that a family here can have."""
+    """GPT's names of parameters -> Hugging Face's and PEFT's, for all that a family here can have."""
     modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-    modules |= {
-        f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}"
-        for i in range(n_layer)
-        for ours, theirs in BLOCK.items()
-    }
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    for i in range(n_layer):
+        modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
+    return {f"{a}.{x}": f"{b}.{y}" for a, b in modules.items() for x, y in KINDS.items()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1216,27 +1157,20 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-class HashedFile:
-    """A file to write to, and the digest of what was written."""
-
-    def __init__(self, file: Any):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+COPY_AGAIN = "copy it here again"
 
 
 def write_file(path: Path, write: Callable) -> str:
     """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
-    part = path.with_name(path.name + ".part")
+    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
     try:
         with open(part, "wb") as file:
-            hashed = HashedFile(file)
-            write(hashed)
+
+            def write_on(data: bytes) -> int:
+                digest.update(data)
+                return file.write(data)
+
+            write(SimpleNamespace(write=write_on, flush=file.flush))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1245,20 +1179,17 @@ def write_file(path: Path, write: Callable) -> str:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return hashed.sha256.hexdigest()
+    return digest.hexdigest()
 
 
 def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
     """A file's content, to read from. Its digest is checked against that of its name, or else noted there. Raises
     UserError, naming the file, where it is missing, empty or not as it was written."""
-    try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    with blaming(f"{path} cannot be read", COPY_AGAIN), open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     digest = hashlib.sha256(content).hexdigest()
     if digests.setdefault(path.name, digest) != digest:
-        raise UserError(f"{path} is damaged: it is not what was written")
+        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
     return content
 
 
@@ -1270,80 +1201,34 @@ def seal(meta: dict) -> str:
 
 def checkpoint_steps(directory: str | Path) -> list[int]:
     """The steps that have both a model and a meta file, ascending."""
-    metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in Path(directory).glob("meta_*.json"))
-    return sorted(
-        int(m[1]) for m in metas if m and any(Path(directory, name).exists() for name in (f"model_{m[1]}.pt", m[1]))
-    )
+    names = {path.name for path in Path(directory).glob("*")}
+    metas = (re.fullmatch(r"meta_(\d+)\.json", name) for name in names)
+    return sorted(int(meta[1]) for meta in metas if meta and names & {f"model_{meta[1]}.pt", meta[1]})
 
 
-def find_step(directory: Path, step: int | None) -> int:
-    """That step, or else the last. Raises UserError where it is not there."""
-    steps = checkpoint_steps(directory)
-    if not steps or step not in (None, *steps):
-        raise UserError(
-            f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
-            if step is not None
-            else f"no checkpoint (model_*.pt with meta_*.json) in {directory}"
-        )
-    return steps[-1] if step is None else step
-
-
-def huggingface_folder(directory: Path, step: int | None) -> Path | None:
-    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None
-    where the checkpoint is nanochat's."""
+def find_checkpoint(directory: Path, step: int | None) -> tuple[Path, int | None]:
+    """Where a checkpoint's weights are, and its step, if only the last: nanochat's model file, or a folder in Hugging
+    Face's format, which is a run's for that step or, of no step, the directory itself. Raises UserError."""
     if (directory / "config.json").exists():
-        return directory
-    folder = directory / f"{find_step(directory, step):06d}"
-    return folder if folder.is_dir() else None
-
-
-def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
-    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
-    folder = huggingface_folder(directory, step)
-    if folder is None:
-        return [directory / f"model_{find_step(directory, step):06d}.pt", find_tokenizer(directory)]
-    return [path for path in (folder / name for name in FILES) if path.exists()] + weight_paths(folder)
-
-
-def load_checkpoint(
-    directory: str | Path,
-    step: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    lora_rank: int = 0,
-    template: str | None = None,
-) -> tuple[GPT, Any, dict]:
-    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
-    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
-    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
-    file, on whatever is missing, broken or foreign."""
-    directory = Path(directory)
-    folder = huggingface_folder(directory, step)
-    meta = {} if folder == directory else load_meta(directory / f"meta_{find_step(directory, step):06d}.json")
-    digests = meta.setdefault("sha256", {})
-    if folder is None:
-        config, state, tokenizer = load_nanochat(directory, find_step(directory, step), meta, device)
-    else:
-        config, state, tokenizer = load_huggingface(folder, digests, device, template)
-        meta["model_config"] = read_json(tokenizer.files, "config.json")
-    try:
-        model = build(replace(config, lora_rank=lora_rank), state, device, dtype)
-    except Exception as error:              # configs and weights that do not belong together
-        path = folder or directory / f"model_{find_step(directory, step):06d}.pt"
-        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
-    return model, tokenizer, meta
+        return directory, None
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise UserError(f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
+    if step not in (None, *steps):
+        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    folder = directory / f"{step:06d}"
+    return folder if folder.is_dir() else directory / f"model_{step:06d}.pt", step
 
 
 def load_meta(path: Path) -> dict:
     """A meta file. Raises UserError, naming it, where it is damaged or none."""
-    try:
+    with blaming(f"{path} is no nanochat meta file", COPY_AGAIN):
         meta = json.loads(path.read_text())
         sound = meta.get("seal", seal(meta)) == seal(meta)
         meta["model_config"]["vocab_size"]
-    except Exception as error:
-        raise UserError(f"{path} is no nanochat meta file: {one_line(error)}") from error
     if not sound:
-        raise UserError(f"{path} is damaged: it is not what was written")
+        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
     return meta
 
 
@@ -1359,57 +1244,50 @@ def find_tokenizer(directory: Path) -> Path:
 def load_tokenizer(path: Path, digests: dict[str, str]) -> Tokenizer:
     """Raises UserError, naming the file, where it is none of nanochat's."""
     content = read_file(path, digests)
-    try:
-        encoding = PlainUnpickler(content).load()
-        if not isinstance(encoding, tiktoken.Encoding):
-            raise pickle.UnpicklingError(f"it holds a {type(encoding).__name__}")
-        return Tokenizer(encoding)
-    except Exception as error:              # a pickle can be broken in any way there is
-        raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
-
-
-def load_nanochat(
-    directory: Path, step: int, meta: dict, device: str | torch.device
-) -> tuple[Config, dict, Tokenizer]:
-    """A nanochat checkpoint's architecture, weights and tokenizer."""
-    tokenizer = load_tokenizer(find_tokenizer(directory), meta["sha256"])
-    vocab_size, path = meta["model_config"]["vocab_size"], directory / f"model_{step:06d}.pt"
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, meta_{step:06d}.json says {vocab_size}: put the "
-            f"tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}"
-        )
-    content = read_file(path, meta["sha256"])
-    try:
-        state = torch.load(content, map_location=device, weights_only=True)
-        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
-        rows = state["transformer.wte.weight"].shape[0]
-        return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
-    except Exception as error:              # damaged and foreign files fail in many ways
-        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
+    with blaming(f"{path} is no nanochat tokenizer", COPY_AGAIN):
+        return Tokenizer(PlainUnpickler(content).load())
 
 
 def detect_generation(state: dict[str, Tensor]) -> str:
-    """The generation of nanochat's model that a state dict belongs to, by its keys."""
-    gate = next((w.shape[1] for key, w in state.items() if key.endswith("ve_gate.weight") and w.ndim == 2), 0)
+    """The generation of nanochat's model that a state dict belongs to, by its keys. Raises ValueError."""
+    gate = next((w.size(1) for key, w in state.items() if key.endswith("ve_gate.weight")), 0)
     for name, fields in GENERATIONS.items():
         if (fields.get("value_gate", 0), "smear" in fields) == (gate, "smear_gate.weight" in state):
             return name
-    raise UserError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
+    raise ValueError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
+
+
+def load_nanochat(path: Path, meta: dict, device: str | torch.device) -> tuple[Config, dict, Tokenizer]:
+    """The architecture, weights and tokenizer of nanochat's model file with that meta."""
+    tokenizer = load_tokenizer(find_tokenizer(path.parent), meta["sha256"])
+    vocab_size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the meta file of {path} says {vocab_size}: put the "
+            f"tokenizer that this model was trained with at {path.parent / 'tokenizer.pkl'}"
+        )
+    state = torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
+    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+    rows = len(state["transformer.wte.weight"])
+    return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index
-    names."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map") if index.exists() else {}
-    if not names or not isinstance(names, dict):
-        raise UserError(
-            f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}"
-        )
-    return [folder / name for name in sorted(set(map(str, names.values())))]
+    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards of its index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON with shards", "fetch it again"):
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return [folder / name for name in sorted(set(map(str, names)))]
+
+
+def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
+    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
+    path, _ = find_checkpoint(directory, step)
+    if path.is_dir():
+        return [path / name for name in FILES if (path / name).exists()] + weight_paths(path)
+    return [path, find_tokenizer(directory)]
 
 
 def load_huggingface(
@@ -1417,7 +1295,7 @@ def load_huggingface(
 ) -> tuple[Config, dict, ChatTokenizer]:
     """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
     quoted) and tokenizer."""
-    files = {path.name: read_file(path, digests)[:] for path in (folder / name for name in FILES) if path.exists()}
+    files = {name: read_file(folder / name, digests)[:] for name in FILES if (folder / name).exists()}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     try:
@@ -1429,10 +1307,8 @@ def load_huggingface(
     names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
     state = {}
     for path in weight_paths(folder):
-        try:
+        with blaming(f"{path} cannot be read", "fetch it again"):
             tensors = safetensors.torch.load(read_file(path, digests)[:])
-        except Exception as error:          # files that are cut short or foreign fail in many ways
-            raise UserError(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
         state |= {names.get(name, repr(name)): tensor.to(device) for name, tensor in tensors.items()}
     if config.tied and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
@@ -1455,38 +1331,50 @@ def check_memory(config: Config) -> None:
         )
 
 
-def empty_model(config: Config, dtype: torch.dtype) -> GPT:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return GPT(config, dtype)
-
-
 def build(config: Config, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to: float32 weights that learn, or, where there are adapters, frozen ones in
-    `dtype`. Raises UserError, naming the key, on one that is none of the config's."""
+    """The model that a state dict belongs to; adapters are zero. Raises ValueError, naming the key, on one that is
+    none of the config's."""
     if config.vocab_rows < config.vocab_size:
-        raise UserError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
+        raise ValueError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
     model = empty_model(config, dtype)
-    expected = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
-    if odd := sorted(expected.keys() ^ state.keys()):
-        raise UserError(
-            f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here"
-        )
+    expected = model.state_dict()
+    adapters = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
+    if odd := sorted((expected.keys() - adapters.keys()) ^ state.keys()):
+        raise ValueError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape or not tensor.is_floating_point():
-            raise UserError(
+            raise ValueError(
                 f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
                 f"{tuple(expected[key].shape)}, as the config says"
             )
-    kept = dtype if config.lora_rank else torch.float32
-    model.load_state_dict({key: tensor.to(kept) for key, tensor in state.items()}, assign=True, strict=False)
-    model.requires_grad_(not config.lora_rank)
-    for name, p in list(model.named_parameters()):
-        if "lora_" in name:
-            module, side = name.rsplit(".", 1)
-            setattr(model.get_submodule(module), side, nn.Parameter(torch.zeros(p.shape, device=device)))
+    weights = {key: tensor.to(expected[key].dtype) for key, tensor in state.items()}
+    model.load_state_dict(weights | adapters, assign=True)
     model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
     return model
+
+
+def load_checkpoint(
+    directory: str | Path,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
+    template: str | None = None,
+) -> tuple[GPT, Any, dict]:
+    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
+    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
+    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
+    file, on whatever is missing, broken or foreign."""
+    path, step = find_checkpoint(Path(directory), step)
+    meta = {} if step is None else load_meta(Path(directory, f"meta_{step:06d}.json"))
+    digests = meta.setdefault("sha256", {})
+    with blaming(f"{path} cannot be loaded", f"{COPY_AGAIN}, or take a model of an architecture known here"):
+        if path.is_dir():
+            config, state, tokenizer = load_huggingface(path, digests, device, template)
+            meta["model_config"] = read_json(tokenizer.files, "config.json")
+        else:
+            config, state, tokenizer = load_nanochat(path, meta, device)
+        return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
 
 
 @torch.no_grad()
@@ -1501,12 +1389,14 @@ def init_adapters(model: GPT, seed: int) -> None:
 @torch.no_grad()
 def saved_weights(model: GPT) -> dict[str, Tensor]:
     """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
-    state = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.lora_a is not None:
-            state[name + ".weight"] = module.merged()
-    # copies: a view would be written with all that it is a view of
-    return {key: x.detach().to("cpu", model.stored_types.get(key), copy=True) for key, x in state.items()}
+    adapted = {name + ".weight": x for name, x in model.named_modules() if getattr(x, "lora_a", None) is not None}
+    state = {}
+    for key, x in model.state_dict().items():
+        if "lora_" not in key:
+            x = adapted[key].merged() if key in adapted else x
+            # a copy: a view would be written with all that it is a view of
+            state[key] = x.to("cpu", model.stored_types.get(key), copy=True)
+    return state
 
 
 Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensors that become safetensors
@@ -1515,66 +1405,41 @@ Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensor
 def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
     """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
     bytes (or of one tensor) and their index."""
-    names, shards, room = huggingface_names(config.n_layer), [], 0
-    tensors = {
-        names[key]: tensor.contiguous()
-        for key, tensor in state.items()
-        if not (config.tied and key == "lm_head.weight")
-    }
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        return {"model.safetensors": tensors}
-    files = {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: file for file, shard in files.items() for name in shard},
-    }
-    return {**files, "model.safetensors.index.json": json.dumps(index, indent=2).encode()}
+    names, unnamed = huggingface_names(config.n_layer), ["lm_head.weight"] if config.tied else []
+    tensors = {names[key]: tensor.contiguous() for key, tensor in state.items() if key not in unnamed}
+    split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
+    files = {file: {name: tensors[name] for name in part} for file, part in split.filename_to_tensors.items()}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+    return files
 
 
-def adapter_files(adapters: dict[str, tuple[Tensor, Tensor]], alpha: int, base: str, config: Config) -> Contents:
-    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R).
-    `base`: the name of the model that it belongs to."""
+def adapter_files(adapters: dict[str, Tensor], base: str, config: Config) -> Contents:
+    """PEFT's folder of the adapters, of their names in GPT, to a model that is found at `base`."""
     names = huggingface_names(config.n_layer)
-    modules = {names[key].removesuffix(".weight"): pair for key, pair in adapters.items()}
-    tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": matrix.contiguous()
-        for module, pair in modules.items()
-        for side, matrix in zip("AB", pair)
-    }
-    rank = len(next(iter(tensors.values())))  # rows of an A
+    tensors = {f"base_model.model.{names[key]}": tensor.contiguous() for key, tensor in adapters.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({module.split(".")[-1] for module in modules}),
+        "r": config.lora_rank,
+        "lora_alpha": LORA_ALPHA,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
     }
     return {"adapter_config.json": json.dumps(settings, indent=2).encode(), "adapter_model.safetensors": tensors}
 
 
-def checkpoint_contents(step: int, model: GPT, tokenizer: Any) -> dict[str, Any]:
+def checkpoint_contents(step: int, model: GPT, tokenizer: Any, base: str) -> dict[str, Any]:
     """What a checkpoint consists of: names in its folder, and what is to be written there."""
     state = saved_weights(model)
     if isinstance(tokenizer, Tokenizer):
         return {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
     contents = {**tokenizer.files, **weight_files(state, model.config)}
     if model.config.lora_rank:
-        pairs = {
-            name + ".weight": (module.lora_a.detach().cpu(), module.lora_b.detach().cpu())
-            for name, module in model.named_modules()
-            if isinstance(module, Linear) and module.lora_a is not None
-        }
-        adapter = adapter_files(
-            pairs, LORA_ALPHA, read_json(tokenizer.files, "config.json").get("_name_or_path", ""), model.config
-        )
-        contents |= {f"adapter/{name}": content for name, content in adapter.items()}
+        adapters = {key: x.cpu() for key, x in model.state_dict().items() if "lora_" in key}
+        files = adapter_files(adapters, base, model.config)
+        contents |= {f"adapter/{name}": content for name, content in files.items()}
     return {f"{step:06d}/{name}": content for name, content in contents.items()}
 
 
@@ -1595,6 +1460,7 @@ def save_checkpoint(
     the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
     directory = Path(directory)
     meta = {**meta, "step": step, "sha256": {}}
+    base = meta.get("source", {}).get("path", "")
 
     def write(name: str, content: Any) -> None:
         path = directory / name
@@ -1607,7 +1473,7 @@ def save_checkpoint(
             directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode())
         )
 
-    for name, content in checkpoint_contents(step, model, tokenizer).items():
+    for name, content in checkpoint_contents(step, model, tokenizer, base).items():
         write(name, content)
     write_meta()
     if training is not None:
@@ -1628,15 +1494,9 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
 def find_hub_folder(name: str) -> Path:
     """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
     can be fetched, or is there in part."""
-    mend = "fetch it elsewhere and give its folder to --model-tag"
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "*.safetensors", "*.index.json"])
-        )
-    except Exception as error:              # networks fail in many ways
-        raise UserError(
-            f"{name} is no folder and cannot be had from the hub: {mend} ({one_line(error)})"
-        ) from error
+    mend, wanted = "fetch it elsewhere and give its folder to --model-tag", [*FILES, "*.safetensors", "*.index.json"]
+    with blaming(f"{name} is no folder and cannot be had from the hub", mend):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     for path in folder.iterdir():
         if not path.exists():
             raise UserError(f"the cached {name} is incomplete, {path} is missing: go online, or {mend}")
@@ -1755,16 +1615,9 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) ->
 
 def share_model(model: GPT | None, ranks: Ranks) -> GPT:
     """Rank 0's model on every rank."""
-    shape = ranks.share((model.config, model.dtype, model.recompute) if model else None)
-    if model is None:
-        config, dtype, recompute = shape
-        model = empty_model(config, dtype)
-        model.recompute = recompute
-        if config.lora_rank:
-            for name, p in model.named_parameters():
-                if "lora_" not in name:
-                    p.requires_grad_(False).data = p.data.to(dtype)
-        model.to_empty(device=ranks.device)
+    config, dtype, recompute = ranks.share(model and (model.config, model.dtype, model.recompute))
+    model = model or empty_model(config, dtype).to_empty(device=ranks.device)
+    model.recompute = recompute
     for p in model.parameters():
         ranks.broadcast(p.data)
     return model

@@ -424,7 +424,8 @@ def check_as_transformers(tokenizer: gpt.ChatTokenizer, chat: list, **kwargs) ->
     rendered, _ = chat_template_utils.render_jinja_template(
         [chat], chat_template=tokenizer.template, add_generation_prompt=chat[-1]["role"] == "user",
         **tokenizer.special, **kwargs)
-    assert tokenizer.render_text(chat, **kwargs) == rendered[0]
+    tokenizer.variables = kwargs
+    assert tokenizer.render_text(chat) == rendered[0]
 
 
 @needs_fixtures
@@ -438,6 +439,7 @@ def test_published_templates_as_transformers_renders_them(path, tmp_path, monkey
         for before in ([], SYSTEM):
             for kwargs in ({}, {"enable_thinking": False}, {"date_string": "1 May 2024"}, {"tools": TOOLS}):
                 check_as_transformers(tokenizer, before + chat, **kwargs)
+    tokenizer.variables = {}
     if path.stem == "llama32":
         assert "Today Date: 09 Mar 2025" in tokenizer.render_text(CHATS[0])
 
@@ -476,10 +478,12 @@ def test_fixture_tokenizers(name):
     assert [tokenizer.encode(text) for text in expected["texts"]] == expected["texts_ids"]
     assert [tokenizer.decode(ids) for ids in expected["greedy"]] == expected["greedy_text"]
     for chat in expected["chats"]:
-        assert tokenizer.render_text(chat["messages"], **chat["kwargs"]) == chat["text"]
-        assert tokenizer.render(chat["messages"], **chat["kwargs"]) == chat["ids"]
+        tokenizer.variables = chat["kwargs"]
+        assert tokenizer.render_text(chat["messages"]) == chat["text"]
+        assert tokenizer.render(chat["messages"]) == chat["ids"]
     for chat in expected["chat_errors"]:
-        refused("chat template fails", tokenizer.render_text, chat["messages"], **chat["kwargs"])
+        tokenizer.variables = chat["kwargs"]
+        refused("chat template fails", tokenizer.render_text, chat["messages"])
 
 
 # The cache of the hub
@@ -572,11 +576,11 @@ def test_peft_loads_an_adapter(kind, tmp_path):
     for name, weight in merged.named_parameters():
         if "_proj.weight" in name:
             a, b = torch.randn(rank, weight.shape[1]), torch.randn(weight.shape[0], rank) * 0.02
-            adapters[names[name]] = (a, b)
+            adapters |= {names[name].replace("weight", "lora_a"): a, names[name].replace("weight", "lora_b"): b}
             weight.data += 32 / rank * b @ a
-    write(tmp_path / "adapter", gpt.adapter_files(adapters, 32, "some/base", config))
+    write(tmp_path / "adapter", gpt.adapter_files(adapters, "some/base", replace(config, lora_rank=rank)))
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
-    assert len(adapters) == 14
+    assert len(adapters) == 2 * 14
     assert (logits(adapted) - logits(tiny(kind))).abs().max() > 0.1
     torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-4, rtol=1e-4)
 
