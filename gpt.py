@@ -93,12 +93,15 @@ class Ranks:
     TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
 
     def __init__(self, device_type: str):
-        self.rank, self.size = 0, 1
-        self.signalled, self.working = 0.0, False
+        self.rank = 0
+        self.size = 1
+        self.signalled = 0.0
+        self.working = False
         self.device = find_device(device_type)
         if "RANK" not in os.environ:
             return
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.rank = int(os.environ["RANK"])
+        self.size = int(os.environ["WORLD_SIZE"])
         if self.device.type == "mps" and self.size > 1:
             raise UserError(
                 "--device-type mps runs in one process: start it with python, or take --device-type cpu"
@@ -218,7 +221,9 @@ class Cache:
     """
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
-        self.prefix, self.num_samples, self.size = prefix, num_samples, 0
+        self.prefix = prefix
+        self.num_samples = num_samples
+        self.size = 0
         self.own = {}                       # layer -> (2, B, G, S, D)
         self.room = None                    # (L, 2, B, G, capacity, D), where there is one, that they are views of
         self.last = None                    # (B, T, C) embeddings of the latest forward
@@ -228,7 +233,8 @@ class Cache:
         self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
         self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)  # each row's entry of the prefix
         rows = self.to_device(self.groups)
-        self.starts, self.last = prefix.lengths[rows], prefix.embed[rows].unsqueeze(1)
+        self.starts = prefix.lengths[rows]
+        self.last = prefix.embed[rows].unsqueeze(1)
         if capacity:
             L, _, _, G, _, D = prefix.kv.shape
             self.room = prefix.kv.new_empty(L, 2, len(rows), G, capacity, D)
@@ -258,21 +264,15 @@ class Cache:
         self.last = x
         return torch.cat([before, x[:, :-1]], dim=1)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Adds k and v (B, G, T, D) to the rows' own part and returns the whole of it (2, B, G, S, D)."""
-        new = torch.stack((k, v))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
+        (B, H, T, D)."""
+        own = torch.stack((k, v))
         if self.room is not None:
             end = self.size + k.size(2)
-            self.room[layer, :, :, :, self.size : end] = new
-            new = self.room[layer, :, :, :, :end]
-        self.own.setdefault(layer, new)     # not what a block leaves that runs again in a backward
-        return new
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """One softmax over the shared and the own part: q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
-        own = self.append(layer, k, v)
-        if self.room is not None:
-            return self.attend_in_groups(q * scale, *self.shared[layer], *own, mask)
+            self.room[layer, :, :, :, self.size : end] = own
+            return self.attend_in_groups(q * scale, *self.shared[layer], *self.room[layer, :, :, :, :end], mask)
+        self.own.setdefault(layer, own)     # not what a block leaves that runs again in a backward
         if self.prefix is not None:
             own = torch.cat([self.shared[layer], own], dim=3)
         # CUDA's kernels that keep no scores take a mask or grouped heads, not both
@@ -309,15 +309,19 @@ class Cache:
         for x in self.room:
             x[:, : len(rows), :, : self.size] = x[:, :, :, : self.size].index_select(1, index)
         self.room = self.room[:, :, : len(rows)]
-        self.starts, self.last = self.starts.index_select(0, index), self.last.index_select(0, index)
+        self.starts = self.starts.index_select(0, index)
+        self.last = self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
             self.prefix = self.prefix.rows(self.to_device(kept))
             self.shared = self.prefix.kv.unbind()
-        self.groups, self.num_samples = groups, int(counts.max())
-        places = groups * self.num_samples + numpy.arange(len(rows)) - (counts.cumsum() - counts)[groups]
+        self.groups = groups
+        self.num_samples = counts.max()
+        order = numpy.arange(len(rows))
+        places = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
         slots = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
-        slots[places] = numpy.arange(len(rows))
-        self.places, self.slots = self.to_device(places), self.to_device(slots)
+        slots[places] = order
+        self.places = self.to_device(places)
+        self.slots = self.to_device(slots)
         return index
 
 
@@ -381,7 +385,9 @@ def nanochat_config(
 ) -> Config:
     """The architecture behind a nanochat checkpoint's `model_config`, whose other fields are named as Config's are;
     `sequence_len` is the long window. Tables are padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
-    windows, n_layer, n_embd = (), shape["n_layer"], shape["n_embd"]
+    windows = ()
+    n_layer = shape["n_layer"]
+    n_embd = shape["n_embd"]
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
         reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
@@ -434,7 +440,8 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
     expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
     layers, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads)
+    kv_heads = number("num_key_value_heads", heads)
+    head_dim = number("head_dim", width // heads)
     for name, known in {**KNOWN, "layer_types": (None, ["full_attention"] * layers)}.items():
         expect(raw.get(name) in known, name, known)
     expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
@@ -520,7 +527,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
+        self.layer = layer
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         linear = partial(Linear, rank=config.lora_rank)
         self.c_q = linear(C, H * D, config.qkv_bias)
@@ -528,7 +536,8 @@ class Attention(nn.Module):
         self.c_v = linear(C, G * D, config.qkv_bias)
         self.c_proj = linear(H * D, C)
         if config.qk_norm:
-            self.q_norm, self.k_norm = Norm(config, D), Norm(config, D)
+            self.q_norm = Norm(config, D)
+            self.k_norm = Norm(config, D)
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
             self.ve_gate = Linear(config.value_gate, G)
 
@@ -565,7 +574,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.norm_1, self.norm_2 = Norm(config, config.n_embd), Norm(config, config.n_embd)
+        self.norm_1 = Norm(config, config.n_embd)
+        self.norm_2 = Norm(config, config.n_embd)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -585,7 +595,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
         C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
@@ -601,10 +612,12 @@ class GPT(nn.Module):
         gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
         self.value_embeds = nn.ModuleDict({i: table(config.n_kv_head * config.head_dim) for i in gated})
         if config.lambdas:
-            self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
+            self.resid_lambdas = nn.Parameter(torch.ones(L))
+            self.x0_lambdas = nn.Parameter(torch.zeros(L))
         if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1)
-            self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
         for name, p in self.named_parameters():
             if config.lora_rank and "lora_" not in name:
                 p.requires_grad_(False).data = p.data.to(dtype)
@@ -688,7 +701,8 @@ def pad(sequences: list[list], device: str | torch.device = "cpu") -> Tensor:
 
 def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
     """Runs the prompts, each once."""
-    cache, lengths = Cache(), torch.tensor([len(p) for p in prompts], device=model.device)
+    cache = Cache()
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     hidden = model(pad(prompts, model.device), cache)
     last = torch.arange(len(prompts), device=model.device), lengths - 1
     return Prefix(lengths, hidden[last], cache.last[last], torch.stack(list(cache.own.values())))
@@ -736,12 +750,14 @@ class Tokenizer:
     ).split()
 
     def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding, self.vocab_size = encoding, encoding.n_vocab
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
         for name in self.SPECIAL:
             setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
         self.markers = {getattr(self, name) for name in self.SPECIAL}
         self.date = ""
-        self.stops, self.call_end = (self.assistant_end, self.bos), self.python_end
+        self.stops = (self.assistant_end, self.bos)
+        self.call_end = self.python_end
         self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
     def encode(self, text: str) -> list[int]:
@@ -824,7 +840,8 @@ class ChatTokenizer:
     def __init__(self, files: dict[str, bytes]):
         """Raises UserError on files that will not do."""
         self.files = files
-        self.variables, self.date = {}, date.today().isoformat()  # of the template; what it takes for today
+        self.variables = {}
+        self.date = date.today().isoformat()  # of the template; what it takes for today
         with blaming("tokenizer.json is missing or broken", "fetch it again"):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
         self.tokenizer.no_truncation()
@@ -919,7 +936,8 @@ class Policy:
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
-        reach, entropy = p.cumsum(dim=-1), -(p * logprobs).sum(dim=-1)
+        reach = p.cumsum(dim=-1)
+        entropy = -(p * logprobs).sum(dim=-1)
         pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True)
         pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
@@ -991,34 +1009,29 @@ class Transcript:
 
     def __init__(self, tokenizer: Tokenizer, num_rows: int, max_new_tokens: int):
         self.tokenizer = tokenizer
-        self.tokens = numpy.zeros((num_rows, max_new_tokens), dtype=numpy.int64)
-        self.forced = numpy.full_like(self.tokens, -1)  # −1: sampled
-        self.lengths = numpy.zeros(num_rows, dtype=numpy.int64)
+        self.said = numpy.zeros((3, num_rows, max_new_tokens))  # tokens, their logprobs and entropies
+        self.forced = numpy.full((num_rows, max_new_tokens), -1)  # −1: sampled
+        self.lengths = numpy.zeros(num_rows, dtype=int)  # 0: not yet ended
 
-    def impose(self, t: int, rows: numpy.ndarray, tokens: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts what is forced at position t of the rows in place of tokens (B,), and 0 in that of figures (2, B)."""
+    def write(self, t: int, rows: numpy.ndarray, drawn: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Writes down what was drawn (3, B) for position t of the rows (B,), or forced, and answers their calls.
+        Returns the tokens (B,), and which rows go on (B,)."""
         forced = self.forced[rows, t]
-        if forced.max() < 0:
-            return tokens, figures
-        forced = torch.from_numpy(forced).to(tokens.device)
-        return torch.where(forced >= 0, forced, tokens), figures.masked_fill(forced >= 0, 0.0)
-
-    def write(self, t: int, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have
-        ended."""
-        self.tokens[rows, t] = tokens
-        self.lengths[rows] = t + 1
-        for row in rows[tokens == self.tokenizer.call_end]:
-            result = self.tokenizer.answer_call(self.tokens[row, : t + 1].tolist())
+        going = self.lengths[rows] == 0
+        drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
+        self.said[:, rows, t] = drawn
+        tokens = drawn[0].astype(int)
+        for row in rows[going & (tokens == self.tokenizer.call_end)]:
+            result = self.tokenizer.answer_call(self.said[0, row, : t + 1].astype(int).tolist())
             place = self.forced[row, t + 1 : t + 1 + len(result)]
             place[:] = result[: len(place)]
-        full = t + 1 == self.tokens.shape[1]
-        return numpy.isin(tokens, self.tokenizer.stops) | full
+        ended = numpy.isin(tokens, self.tokenizer.stops) | (t + 1 == self.forced.shape[1])
+        self.lengths[rows[going & ended]] = t + 1
+        return tokens, going & ~ended
 
-    def completions(self, figures: Tensor) -> list[Completion]:
-        """All rows, given the logprobs and the entropies (2, B, T) of their tokens."""
-        logprobs, entropy = figures.tolist()
-        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs, entropy, self.lengths.tolist()
+    def completions(self) -> list[Completion]:
+        tokens, logprobs, entropies = self.said
+        columns = (x.tolist() for x in (tokens.astype(int), self.forced < 0, logprobs, entropies, self.lengths))
         return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
 
 
@@ -1027,7 +1040,8 @@ class Sampler:
     has that type already is shared with the model."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.source, self.tokenizer = model, tokenizer
+        self.source = model
+        self.tokenizer = tokenizer
         self.model = empty_model(model.config, model.dtype)
         state = {name: x.to(model.dtype) if x.ndim > 1 else x for name, x in model.state_dict().items()}
         self.model.load_state_dict(state, assign=True)
@@ -1063,34 +1077,30 @@ class Sampler:
         ones included. `progress` is told after each position how many have ended. All prompts run as one batch.
         Raises ValueError past the model's last position.
         """
-        longest, reach = max(map(len, prompts)) + max_new_tokens, self.model.config.max_positions
+        longest = max(map(len, prompts)) + max_new_tokens
+        reach = self.model.config.max_positions
         if longest > reach:
             raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
-        device, B = self.model.device, len(prompts) * num_samples
         prefix = prefill(self.model, prompts)
         cache = Cache(prefix, num_samples, max_new_tokens)
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
-        stream = streams(seed, range(len(prompts)) if keys is None else keys, num_samples, device)
-        figures = torch.zeros(2, B, max_new_tokens, device=device)  # logprobs and entropies of sampled tokens
-        transcript = Transcript(self.tokenizer, B, max_new_tokens)
-        rows, live, running = torch.arange(B, device=device), numpy.arange(B), numpy.ones(B, dtype=bool)
+        stream = streams(seed, range(len(prompts)) if keys is None else keys, num_samples, hidden.device)
+        rows = numpy.arange(len(hidden))    # those in the cache
+        transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
         for t in range(max_new_tokens):
-            token, *figure = self.draw(hidden, to_uniform(fold(stream, t)), policy)
-            token, figures[:, rows, t] = transcript.impose(t, live, token, torch.stack(figure))
-            said = token.cpu().numpy()      # the one wait for the device
-            ended = transcript.write(t, live[running], said[running])
-            running[running] = ~ended
+            drawn = torch.stack(self.draw(hidden, to_uniform(fold(stream, t)), policy))
+            tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
             if progress:
-                progress(int(ended.sum()))
-            if not running.any():
+                progress(int((transcript.lengths == t + 1).sum()))
+            if not going.any():
                 break
-            if running.sum() <= 0.75 * len(running):
-                index = cache.select(running.nonzero()[0])
-                token, stream, rows = (x.index_select(0, index) for x in (token, stream, rows))
-                live, running = live[running], running[running]
-            hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
-        completions = transcript.completions(figures)
-        return [completions[i : i + num_samples] for i in range(0, B, num_samples)]
+            if going.sum() <= 0.75 * len(rows):
+                stream = stream.index_select(0, cache.select(going.nonzero()[0]))
+                rows = rows[going]
+                tokens = tokens[going]
+            hidden = self.model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
+        completions = transcript.completions()
+        return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
 
 def completion_logprobs(
@@ -1162,7 +1172,8 @@ COPY_AGAIN = "copy it here again"
 
 def write_file(path: Path, write: Callable) -> str:
     """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
-    part, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
     try:
         with open(part, "wb") as file:
 
@@ -1274,7 +1285,8 @@ def load_nanochat(path: Path, meta: dict, device: str | torch.device) -> tuple[C
 
 def weight_paths(folder: Path) -> list[Path]:
     """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards of its index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
     with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON with shards", "fetch it again"):
@@ -1405,7 +1417,8 @@ Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensor
 def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
     """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
     bytes (or of one tensor) and their index."""
-    names, unnamed = huggingface_names(config.n_layer), ["lm_head.weight"] if config.tied else []
+    names = huggingface_names(config.n_layer)
+    unnamed = ["lm_head.weight"] if config.tied else []
     tensors = {names[key]: tensor.contiguous() for key, tensor in state.items() if key not in unnamed}
     split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
     files = {file: {name: tensors[name] for name in part} for file, part in split.filename_to_tensors.items()}
@@ -1458,27 +1471,18 @@ def save_checkpoint(
     or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
     where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
     the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
-    directory = Path(directory)
     meta = {**meta, "step": step, "sha256": {}}
-    base = meta.get("source", {}).get("path", "")
-
-    def write(name: str, content: Any) -> None:
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        meta["sha256"][path.name] = write_file(path, partial(write_content, content))
-
-    def write_meta() -> None:
-        meta["seal"] = seal(meta)
-        write_file(
-            directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode())
-        )
-
-    for name, content in checkpoint_contents(step, model, tokenizer, base).items():
-        write(name, content)
-    write_meta()
+    parts = [checkpoint_contents(step, model, tokenizer, meta.get("source", {}).get("path", ""))]
     if training is not None:
-        write(f"optim_{step:06d}.pt", partial(torch.save, training))
-        write_meta()
+        parts.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
+    for part in parts:
+        for name, content in part.items():
+            path = Path(directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            meta["sha256"][path.name] = write_file(path, partial(write_content, content))
+        meta["seal"] = seal(meta)
+        text = json.dumps(meta, indent=2).encode()
+        write_file(Path(directory, f"meta_{step:06d}.json"), partial(write_content, text))
 
 
 def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
@@ -1494,7 +1498,8 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
 def find_hub_folder(name: str) -> Path:
     """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
     can be fetched, or is there in part."""
-    mend, wanted = "fetch it elsewhere and give its folder to --model-tag", [*FILES, "*.safetensors", "*.index.json"]
+    mend = "fetch it elsewhere and give its folder to --model-tag"
+    wanted = [*FILES, "*.safetensors", "*.index.json"]
     with blaming(f"{name} is no folder and cannot be had from the hub", mend):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     for path in folder.iterdir():
@@ -1569,26 +1574,25 @@ def make_optimizers(
     embedding for norms and biases. The weight decay is that of the embedding and the unembedding."""
     nanochat = not model.config.norm_weights
     scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
-    table = [
-        ("lm_head", unembedding_lr * scale, (0.8, 0.96), weight_decay),
-        ("transformer.wte", embedding_lr * scale, (0.8, 0.995), weight_decay),
-        ("value_embeds", embedding_lr * scale / 2, (0.8, 0.995), 0.0),
-        ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
-        ("x0_lambdas", 0.5, (0.96, 0.95), 0.0),
-        ("transformer.h", matrix_lr, (0.9, 0.95), 0.0),
-        ("", 0.2 if nanochat else embedding_lr, (0.8, 0.95), 0.0),
-    ]                                       # smear, backout, the last norm
-    groups = {prefix: [] for prefix, *_ in table}
+
+    def group(lr: float, *betas: float, decay: float = 0.0) -> dict:
+        return {"params": [], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
+
+    groups = {
+        "lm_head": group(unembedding_lr * scale, 0.8, 0.96, decay=weight_decay),
+        "transformer.wte": group(embedding_lr * scale, 0.8, 0.995, decay=weight_decay),
+        "value_embeds": group(embedding_lr * scale / 2, 0.8, 0.995),
+        "resid_lambdas": group(0.005, 0.8, 0.95),
+        "x0_lambdas": group(0.5, 0.96, 0.95),
+        "transformer.h": group(matrix_lr, 0.9, 0.95),
+        "": group(0.2 if nanochat else embedding_lr, 0.8, 0.95),  # smear, backout, the last norm
+    }
     for name, p in model.named_parameters():
         if p.requires_grad:
             key = next(prefix for prefix in groups if name.startswith(prefix))
-            groups["" if key == "transformer.h" and p.ndim < 2 else key].append(p)
-    matrices = groups.pop("transformer.h") if matrix_optimizer == "muon" else []
-    adamw = [
-        {"params": groups[prefix], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
-        for prefix, lr, betas, decay in table
-        if groups.get(prefix)
-    ]
+            groups["" if key == "transformer.h" and p.ndim < 2 else key]["params"].append(p)
+    matrices = groups.pop("transformer.h")["params"] if matrix_optimizer == "muon" else []
+    adamw = [group for group in groups.values() if group["params"]]
     optimizers = [torch.optim.AdamW(adamw, eps=1e-10 if nanochat else 1e-8)] if adamw else []
     return optimizers + ([Muon(matrices, matrix_lr)] if matrices else [])
 
