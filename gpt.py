@@ -112,20 +112,22 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.TIMEOUT)
 
+    def everyone(self, thing: Any) -> list:
+        """All ranks' things, which hold no tensors, on every rank."""
+        things = [thing]
+        if self.size > 1:
+            things *= self.size
+            dist.all_gather_object(things, thing)
+        return things
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds up the ranks' values of each name, in float64."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+        """Adds up the ranks' values of each name."""
+        parts = self.everyone(values)
+        return {name: sum(part[name] for part in parts) for name in values}
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
-        largest = torch.tensor(value, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.item()
+        return max(self.everyone(value))
 
     def reduce(self, tensor: Tensor) -> None:
         """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
@@ -180,7 +182,7 @@ class Ranks:
 
     def stopping(self) -> bool:
         """Whether any rank was told to stop: the same answer on all."""
-        return self.max(self.signalled) > 0
+        return any(self.everyone(self.signalled))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ class Cache:
         if self.room is not None:
             end = self.size + k.size(2)
             self.room[layer, :, :, :, self.size : end] = own
-            return self.attend_in_groups(q * scale, *self.shared[layer], *self.room[layer, :, :, :, :end], mask)
+            return self.attend_in_groups(q * scale, self.shared[layer], self.room[layer, :, :, :, :end], mask)
         self.own.setdefault(layer, own)     # not what a block leaves that runs again in a backward
         if self.prefix is not None:
             own = torch.cat([self.shared[layer], own], dim=3)
@@ -279,18 +281,15 @@ class Cache:
         k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    def attend_in_groups(
-        self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor
-    ) -> Tensor:
-        """`attend` where all rows of a group read one copy of their shared part (P, G, Lp, D)."""
-        (B, H, T, D), G = q.shape, k.size(1)
-        q = q.reshape(B, G, H // G * T, D)
-        shared = self.to_rows(self.to_groups(q) @ shared_k.mT)
-        scores = torch.cat([shared, q @ k.mT], dim=-1)
-        weights = (scores.view(B, G, H // G, T, -1) + mask.unsqueeze(2)).softmax(dim=-1).view_as(scores)
-        shared, own = weights.split([shared.size(-1), k.size(2)], dim=-1)
+    def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+        """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
+        (k, v), (shared_k, shared_v) = own, shared
+        asked = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, R·T, D)
+        scores = torch.cat([self.to_rows(self.to_groups(asked) @ shared_k.mT), asked @ k.mT], dim=-1)
+        weights = (scores.unflatten(2, (-1, q.size(2))) + mask.unsqueeze(2)).softmax(dim=-1).flatten(2, 3)
+        shared, own = weights.tensor_split([shared_k.size(2)], dim=-1)
         y = own @ v + self.to_rows(self.to_groups(shared) @ shared_v)
-        return y.view(B, H, T, D)
+        return y.view_as(q)
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
@@ -634,8 +633,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if "c_proj" in name:
                 p.zero_()
-            elif "wte" in name or "lm_head" in name:
-                p.normal_(std=0.8 if "wte" in name else 0.001, generator=generator)
+            elif "wte" in name:
+                p.normal_(std=0.8, generator=generator)
+            elif "lm_head" in name:
+                p.normal_(std=0.001, generator=generator)
             elif p.ndim == 2:
                 bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
                 p.uniform_(-bound, bound, generator=generator)
@@ -752,11 +753,11 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
-        for name in self.SPECIAL:
-            setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
-        self.markers = {getattr(self, name) for name in self.SPECIAL}
+        special = {name: encoding.encode_single_token(f"<|{name}|>") for name in self.SPECIAL}
+        vars(self).update(special)
+        self.markers = set(special.values())
         self.date = ""
-        self.stops = (self.assistant_end, self.bos)
+        self.stops = self.assistant_end, self.bos
         self.call_end = self.python_end
         self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
@@ -1000,8 +1001,7 @@ def to_uniform(x: Tensor) -> Tensor:
 def streams(seed: int, keys: Iterable[int], num_samples: int, device: torch.device) -> Tensor:
     """A stream of random numbers for each sample of each key: (P·N,)."""
     names = torch.tensor(list(keys), device=device)
-    samples = torch.arange(num_samples, device=device)
-    return fold(seed, names.repeat_interleave(num_samples), samples.repeat(len(names)))
+    return fold(seed, names.unsqueeze(1), torch.arange(num_samples, device=device)).flatten()
 
 
 class Transcript:
@@ -1017,14 +1017,14 @@ class Transcript:
         """Writes down what was drawn (3, B) for position t of the rows (B,), or forced, and answers their calls.
         Returns the tokens (B,), and which rows go on (B,)."""
         forced = self.forced[rows, t]
-        going = self.lengths[rows] == 0
         drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
         self.said[:, rows, t] = drawn
         tokens = drawn[0].astype(int)
+        going = self.lengths[rows] == 0
         for row in rows[going & (tokens == self.tokenizer.call_end)]:
             result = self.tokenizer.answer_call(self.said[0, row, : t + 1].astype(int).tolist())
-            place = self.forced[row, t + 1 : t + 1 + len(result)]
-            place[:] = result[: len(place)]
+            rest = self.forced[row, t + 1 :]
+            rest[: len(result)] = result[: len(rest)]
         ended = numpy.isin(tokens, self.tokenizer.stops) | (t + 1 == self.forced.shape[1])
         self.lengths[rows[going & ended]] = t + 1
         return tokens, going & ~ended
@@ -1124,14 +1124,10 @@ def completion_logprobs(
 # Checkpoints: nanochat's and Hugging Face's folders
 
 # of Hugging Face's folders, besides weights
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+FILES = (                                   # of Hugging Face's folders, besides weights
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "chat_template.jinja"
+).split()
 BLOCK = {
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
@@ -1268,7 +1264,7 @@ def detect_generation(state: dict[str, Tensor]) -> str:
     raise ValueError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
 
 
-def load_nanochat(path: Path, meta: dict, device: str | torch.device) -> tuple[Config, dict, Tokenizer]:
+def load_nanochat(path: Path, meta: dict) -> tuple[Config, dict, Tokenizer]:
     """The architecture, weights and tokenizer of nanochat's model file with that meta."""
     tokenizer = load_tokenizer(find_tokenizer(path.parent), meta["sha256"])
     vocab_size = meta["model_config"]["vocab_size"]
@@ -1277,7 +1273,7 @@ def load_nanochat(path: Path, meta: dict, device: str | torch.device) -> tuple[C
             f"the tokenizer has {tokenizer.vocab_size} tokens, the meta file of {path} says {vocab_size}: put the "
             f"tokenizer that this model was trained with at {path.parent / 'tokenizer.pkl'}"
         )
-    state = torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
+    state = torch.load(read_file(path, meta["sha256"]), map_location="cpu", weights_only=True)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
     rows = len(state["transformer.wte.weight"])
     return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
@@ -1286,12 +1282,14 @@ def load_nanochat(path: Path, meta: dict, device: str | torch.device) -> tuple[C
 def weight_paths(folder: Path) -> list[Path]:
     """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards of its index."""
     single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
-    with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON with shards", "fetch it again"):
-        names = json.loads(index.read_bytes())["weight_map"].values()
-        return [folder / name for name in sorted(set(map(str, names)))]
+    index = folder / "model.safetensors.index.json"
+    with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON of shards", "fetch it again"):
+        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        if not names:
+            raise ValueError("it names none")
+        return [folder / name for name in sorted(map(str, names))]
 
 
 def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
@@ -1302,17 +1300,17 @@ def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
     return [path, find_tokenizer(directory)]
 
 
-def load_huggingface(
-    folder: Path, digests: dict[str, str], device: str | torch.device, template: str | None = None
-) -> tuple[Config, dict, ChatTokenizer]:
+def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> tuple[Config, dict, ChatTokenizer]:
     """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
-    quoted) and tokenizer."""
+    quoted) and tokenizer; the meta is told the files' digests and the config.json."""
+    digests = meta["sha256"]
     files = {name: read_file(folder / name, digests)[:] for name in FILES if (folder / name).exists()}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     try:
         tokenizer = ChatTokenizer(files)
-        config = huggingface_config(read_json(files, "config.json"), tokenizer.vocab_size)
+        meta["model_config"] = read_json(files, "config.json")
+        config = huggingface_config(meta["model_config"], tokenizer.vocab_size)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     check_memory(config)
@@ -1321,7 +1319,7 @@ def load_huggingface(
     for path in weight_paths(folder):
         with blaming(f"{path} cannot be read", "fetch it again"):
             tensors = safetensors.torch.load(read_file(path, digests)[:])
-        state |= {names.get(name, repr(name)): tensor.to(device) for name, tensor in tensors.items()}
+        state |= {names.get(name, repr(name)): tensor for name, tensor in tensors.items()}
     if config.tied and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("transformer.wte.weight", head)):
@@ -1350,18 +1348,19 @@ def build(config: Config, state: dict[str, Tensor], device: str | torch.device, 
         raise ValueError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
     model = empty_model(config, dtype)
     expected = model.state_dict()
-    adapters = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
-    if odd := sorted((expected.keys() - adapters.keys()) ^ state.keys()):
+    weights = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
+    if odd := sorted((expected.keys() - weights.keys()) ^ state.keys()):
         raise ValueError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}")
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape or not tensor.is_floating_point():
+        x = expected[key]
+        if tensor.shape != x.shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
-                f"{tuple(expected[key].shape)}, as the config says"
+                f"{tuple(x.shape)}, as the config says"
             )
-    weights = {key: tensor.to(expected[key].dtype) for key, tensor in state.items()}
-    model.load_state_dict(weights | adapters, assign=True)
-    model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
+        weights[key] = tensor.to(device, x.dtype)
+        model.stored_types[key] = tensor.dtype
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -1379,13 +1378,10 @@ def load_checkpoint(
     file, on whatever is missing, broken or foreign."""
     path, step = find_checkpoint(Path(directory), step)
     meta = {} if step is None else load_meta(Path(directory, f"meta_{step:06d}.json"))
-    digests = meta.setdefault("sha256", {})
+    meta.setdefault("sha256", {})
     with blaming(f"{path} cannot be loaded", f"{COPY_AGAIN}, or take a model of an architecture known here"):
-        if path.is_dir():
-            config, state, tokenizer = load_huggingface(path, digests, device, template)
-            meta["model_config"] = read_json(tokenizer.files, "config.json")
-        else:
-            config, state, tokenizer = load_nanochat(path, meta, device)
+        parts = load_huggingface(path, meta, template) if path.is_dir() else load_nanochat(path, meta)
+        config, state, tokenizer = parts
         return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
 
 
@@ -1541,11 +1537,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024): Nesterov momentum 0.95, update scaled by √max(1, rows / columns).
     All matrices of one shape are a parameter group and run as one batch."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
+    def __init__(self, params: list[nn.Parameter], lr: float):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": momentum})
+        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self) -> None:

@@ -100,7 +100,7 @@ def config_of(folder: Path) -> gpt.Config:
 def read_tensors(folder: Path) -> tuple[dict, dict]:
     """The weights under GPT's names, and the digests of their files."""
     digests = {}
-    state = gpt.load_huggingface(folder, digests, "cpu")[1]
+    state = gpt.load_huggingface(folder, {"sha256": digests})[1]
     return state, {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
 
 
@@ -551,7 +551,7 @@ def test_a_saved_folder_is_the_model(kind, dtype, tmp_path):
 def test_fixtures_go_in_and_out(name, tmp_path):
     source = FIXTURES / name
     tokenizer = tokenizer_of(source)
-    config = gpt.load_huggingface(source, {}, "cpu")[0]
+    config = gpt.load_huggingface(source, {"sha256": {}})[0]
     state = read_tensors(source)[0]
     out = write(tmp_path / "out", {**tokenizer.files, **gpt.weight_files(state, config)})
     for path in out.iterdir():
