@@ -1,5 +1,5 @@
-"""The machine under chat_rl.py: the processes of a run, a small chat GPT, its cache, tokenizer, sampler, checkpoints and
-optimizers.
+"""The machine under chat_rl.py: the processes of a run, a small chat GPT, its cache, tokenizer, sampler, checkpoints
+and optimizers.
 
 The model has one way of running: new tokens attend to a Cache, which has a part shared by all rows of a group (their
 question) and a part of each row's own (its completion). Prefill, decoding and training are that one forward with
@@ -26,7 +26,6 @@ from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import huggingface_hub
@@ -147,12 +146,8 @@ class Ranks:
         return box[0]
 
     def gather(self, items: list) -> list:
-        """All ranks' items on rank 0, dealt back into the order in which [rank::size] dealt them out; [] on others."""
-        if self.size == 1:
-            return items
-        parts = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(items, parts)
-        rounds = itertools.zip_longest(*parts or [])
+        """All ranks' items, dealt back into the order in which [rank::size] dealt them out."""
+        rounds = itertools.zip_longest(*self.everyone(items))
         return [item for round in rounds for item in round if item is not None]
 
     def listen(self) -> None:
@@ -226,8 +221,8 @@ class Cache:
         self.prefix = prefix
         self.num_samples = num_samples
         self.size = 0
-        self.own = {}                       # layer -> (2, B, G, S, D)
-        self.room = None                    # (L, 2, B, G, capacity, D), where there is one, that they are views of
+        self.own = {}                       # layer -> (2, B, G, T, D), of the one forward
+        self.room = None                    # (L, 2, B, G, capacity, D), of a cache to decode with
         self.last = None                    # (B, T, C) embeddings of the latest forward
         self.places = self.slots = None     # of uneven groups: each row's place (B,), the row in each place (P·N,)
         if prefix is None:
@@ -251,14 +246,16 @@ class Cache:
 
     def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
         """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
-        keys, queries = positions, positions[:, self.size :]
+        keys = positions
+        queries = positions[:, self.size :]
         if self.prefix is not None:
-            shared = torch.arange(self.prefix.kv.size(4), device=keys.device).expand(len(keys), -1)
+            shared = torch.arange(self.prefix.kv.size(4), device=keys.device)
             padding = shared >= self.starts.unsqueeze(1)
             keys = torch.cat([shared.masked_fill(padding, 2**40), keys], dim=1)
         distance = queries.unsqueeze(2) - keys.unsqueeze(1)
         unseen = (distance < 0) | (distance > window)
-        return distance.new_zeros(distance.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+        mask = distance.new_zeros(distance.shape, dtype=dtype)
+        return mask.masked_fill_(unseen, -torch.inf).unsqueeze(1)
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
@@ -283,12 +280,15 @@ class Cache:
 
     def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
-        (k, v), (shared_k, shared_v) = own, shared
+        k, v = own
+        shared_k, shared_v = shared
         asked = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, R·T, D)
-        scores = torch.cat([self.to_rows(self.to_groups(asked) @ shared_k.mT), asked @ k.mT], dim=-1)
-        weights = (scores.unflatten(2, (-1, q.size(2))) + mask.unsqueeze(2)).softmax(dim=-1).flatten(2, 3)
-        shared, own = weights.tensor_split([shared_k.size(2)], dim=-1)
-        y = own @ v + self.to_rows(self.to_groups(shared) @ shared_v)
+        of_shared = self.to_rows(self.to_groups(asked) @ shared_k.mT)
+        scores = torch.cat([of_shared, asked @ k.mT], dim=-1)
+        scores = scores.unflatten(2, (-1, q.size(2))) + mask.unsqueeze(2)  # (B, G, R, T, Lp + S)
+        weights = scores.softmax(dim=-1).flatten(2, 3)
+        to_shared, to_own = weights.tensor_split([shared_k.size(2)], dim=-1)
+        y = to_own @ v + self.to_rows(self.to_groups(to_shared) @ shared_v)
         return y.view_as(q)
 
     def to_groups(self, x: Tensor) -> Tensor:
@@ -351,12 +351,12 @@ class Config:
     qk_scale: float = 1.0                   # q and k are multiplied by this
     rope_base: float = 1e4
     rope_sign: int = 1                      # direction in which RoPE turns
-    rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in every run, not only in bfloat16 ones
+    rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in float32 runs too
     rope_scaling: tuple[float, ...] = ()    # Llama 3.1's: factor, low and high frequency factor, original positions
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
     lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
-    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last included
+    value_gate: int = 0                     # channels that gate value embeddings, in every other layer down from the last
     value_scale: float = 1.0                # of that gate
     smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
     lora_rank: int = 0                      # of adapters on the matrices of the blocks (0: none, all weights learn)
@@ -479,26 +479,26 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.lora_a is None:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        low = F.linear(x, self.lora_a.to(x.dtype))
+        return y + self.scale * F.linear(low, self.lora_b.to(x.dtype))
 
     def merged(self) -> Tensor:
         """The weights with the adapter in them, in float32."""
         return self.weight.float() + self.scale * self.lora_b.float() @ self.lora_a.float()
 
 
-class Norm(nn.Module):
+class Norm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019)."""
 
     def __init__(self, config: Config, width: int):
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weights else None
+        super().__init__(width, config.norm_eps, config.norm_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
@@ -513,7 +513,8 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
     rounding = torch.bfloat16 if config.rope_rounded else dtype
-    cos, sin = angles.cos(), config.rope_sign * angles.sin()
+    cos = angles.cos()
+    sin = config.rope_sign * angles.sin()
     return cos.to(rounding).to(dtype), sin.to(rounding).to(dtype)
 
 
@@ -528,7 +529,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        C = config.n_embd
+        D = config.head_dim
+        H = config.n_head
+        G = config.n_kv_head
         linear = partial(Linear, rank=config.lora_rank)
         self.c_q = linear(C, H * D, config.qkv_bias)
         self.c_k = linear(C, G * D, config.qkv_bias)
@@ -560,14 +564,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        C, W, rank = config.n_embd, config.mlp_width, config.lora_rank
+        C = config.n_embd
+        W = config.mlp_width
+        rank = config.lora_rank
         self.c_fc = Linear(C, W, rank=rank)
         self.c_gate = Linear(C, W, rank=rank) if config.gated_mlp else None
         self.c_proj = Linear(W, C, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_fc(x)
-        return self.c_proj(F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square())
+        y = F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square()
+        return self.c_proj(y)
 
 
 class Block(nn.Module):
@@ -589,8 +596,8 @@ def recomputed(work: Callable, when: bool) -> Callable:
 
 
 class GPT(nn.Module):
-    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are
-    nanochat's."""
+    """A decoder of any family. Weights that learn are float32, those that adapters freeze have the `dtype` in which
+    arithmetic runs; parameter names are nanochat's."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -598,7 +605,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
-        C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
+        C = config.n_embd
+        L = config.n_layer
+        rows = config.vocab_rows
 
         def table(width: int) -> nn.Embedding:  # without random numbers, which take seconds to begin on "meta"
             return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
@@ -629,7 +638,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Random weights to train from: nanochat's initialisation of the current generation."""
         generator = torch.Generator().manual_seed(seed)
-        C, L = self.config.n_embd, self.config.n_layer
+        C = self.config.n_embd
+        L = self.config.n_layer
         for name, p in self.named_parameters():
             if "c_proj" in name:
                 p.zero_()
@@ -649,7 +659,8 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
-        cache, config = cache or Cache(), self.config
+        cache = cache or Cache()
+        config = self.config
         positions = cache.positions(ids)
         rope = rope_of(config, positions[:, cache.size :], self.dtype)
         windows = config.windows or (2**30,) * config.n_layer
@@ -659,7 +670,8 @@ class GPT(nn.Module):
             x = F.rms_norm(x, x.shape[-1:])
         previous = cache.previous(x)
         if config.smear:
-            x = x + self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH])) * previous
+            gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH]))
+            x = x + self.smear_lambda.to(x.dtype) * gate * previous
         x0 = x
         for i, block in enumerate(self.transformer.h):
             if config.lambdas:
@@ -677,11 +689,9 @@ class GPT(nn.Module):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
         table = self.transformer.wte if self.config.tied else self.lm_head
-        return F.linear(hidden, table.weight.to(hidden.dtype))[..., : self.config.vocab_size].float()
+        logits = F.linear(hidden, table.weight.to(hidden.dtype))
+        return logits[..., : self.config.vocab_size].float()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) -> float32 logits (..., vocab_size)."""
-        return softcap(self.unembed(hidden), self.config.softcap)
 
 
 def empty_model(config: Config, dtype: torch.dtype) -> GPT:
@@ -690,14 +700,9 @@ def empty_model(config: Config, dtype: torch.dtype) -> GPT:
         return GPT(config, dtype)
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def pad(sequences: list[list], device: str | torch.device = "cpu") -> Tensor:
+def pad(sequences: list[list], device: torch.device) -> Tensor:
     """Lists of numbers -> (B, T), padded with zeros on the right."""
-    width = max(map(len, sequences))
-    return torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
+    return nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
 
 
 def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
@@ -706,7 +711,8 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     hidden = model(pad(prompts, model.device), cache)
     last = torch.arange(len(prompts), device=model.device), lengths - 1
-    return Prefix(lengths, hidden[last], cache.last[last], torch.stack(list(cache.own.values())))
+    kv = torch.stack(list(cache.own.values()))
+    return Prefix(lengths, hidden[last], cache.last[last], kv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,7 +733,7 @@ def calculate(expression: str) -> str | None:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
-            value = eval(expression)        # without a letter or a bracket in it there is nothing but arithmetic
+            value = eval(expression)        # of digits and operators alone, which can name nothing
         if not math.isfinite(value):
             return None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
@@ -866,7 +872,8 @@ class ChatTokenizer:
         ends = [read_json(files, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
         ends.append(self.tokenizer.token_to_id(self.special.get("eos_token", "")))
         end = next((end for end in ends if end is not None), [])
-        self.stops = tuple(sorted({*(end if isinstance(end, list) else [end]), *self.turn_end()}))
+        stops = end if isinstance(end, list) else [end]
+        self.stops = tuple(sorted({*stops, *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -921,7 +928,9 @@ class Policy:
     softcap: float = 0.0                    # the model's; 0: none
 
     def scores(self, logits: Tensor) -> Tensor:
-        return softcap(logits, self.softcap) / self.temperature
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and
@@ -1109,8 +1118,9 @@ def completion_logprobs(
     """Logprobs (M,) of the completions' sampled tokens, and the row (M,) of each. The entries of `prefix` are their
     questions. Forced tokens are attended to, but have no logprob. The same in any batch, to rounding."""
     tokens = pad([c.tokens for c in completions], model.device)
-    sampled = pad([c.mask for c in completions], model.device).bool()
-    hidden = torch.cat([prefix.hidden.unsqueeze(1), model(tokens[:, :-1], Cache(prefix))], dim=1)  # (B, T, C)
+    sampled = pad([c.mask for c in completions], model.device)
+    hidden = model(tokens[:, :-1], Cache(prefix))
+    hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
 
     def logprobs(hidden: Tensor, tokens: Tensor) -> Tensor:
         return policy.logprobs(model.unembed(hidden), tokens)
@@ -1123,7 +1133,6 @@ def completion_logprobs(
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-# of Hugging Face's folders, besides weights
 FILES = (                                   # of Hugging Face's folders, besides weights
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
     "chat_template.jinja"
@@ -1141,8 +1150,6 @@ BLOCK = {
     "mlp.c_gate": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-
-
 KINDS = {"weight": "weight", "bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
@@ -1169,24 +1176,20 @@ COPY_AGAIN = "copy it here again"
 def write_file(path: Path, write: Callable) -> str:
     """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
     part = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
     try:
-        with open(part, "wb") as file:
-
-            def write_on(data: bytes) -> int:
-                digest.update(data)
-                return file.write(data)
-
-            write(SimpleNamespace(write=write_on, flush=file.flush))
+        with open(part, "w+b") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return digest.hexdigest()
+    return digest
 
 
 def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
@@ -1241,7 +1244,8 @@ def load_meta(path: Path) -> dict:
 
 def find_tokenizer(directory: Path) -> Path:
     """tokenizer.pkl beside a checkpoint, or two folders up in tokenizer/. Raises UserError where there is none."""
-    beside, above = directory / "tokenizer.pkl", directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
+    beside = directory / "tokenizer.pkl"
+    above = directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
     for path in (beside, above):
         if path.exists():
             return path
@@ -1380,8 +1384,10 @@ def load_checkpoint(
     meta = {} if step is None else load_meta(Path(directory, f"meta_{step:06d}.json"))
     meta.setdefault("sha256", {})
     with blaming(f"{path} cannot be loaded", f"{COPY_AGAIN}, or take a model of an architecture known here"):
-        parts = load_huggingface(path, meta, template) if path.is_dir() else load_nanochat(path, meta)
-        config, state, tokenizer = parts
+        if path.is_dir():
+            config, state, tokenizer = load_huggingface(path, meta, template)
+        else:
+            config, state, tokenizer = load_nanochat(path, meta)
         return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
 
 
@@ -1601,7 +1607,8 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     gradient = torch.zeros_like(weights)
     sizes = [p.numel() for p in params]
     for p, x, g in zip(params, weights.split(sizes), gradient.split(sizes)):
-        p.data, p.grad = x.view_as(p), g.view_as(p)
+        p.data = x.view_as(p)
+        p.grad = g.view_as(p)
     return weights, gradient
 
 

@@ -607,14 +607,14 @@ def cached_logits(model: gpt.GPT, ids: list[int]) -> torch.Tensor:
     for token in ids[cut:]:
         steps.append(model(torch.full((6, 1), token), cache)[1, 0])
     steps = torch.stack(steps)
-    torch.testing.assert_close(model.logits(steps), model.logits(whole), **LOOSE)
-    return model.logits(whole)
+    torch.testing.assert_close(model.unembed(steps), model.unembed(whole), **LOOSE)
+    return model.unembed(whole)
 
 
 def check_logits(model: gpt.GPT, ids: list[int], expected: torch.Tensor) -> None:
     """Against the last logits of these ids, plain and through the cache."""
     with torch.no_grad():
-        plain = model.logits(model(torch.tensor([ids]))[0])
+        plain = model.unembed(model(torch.tensor([ids]))[0])
         through = cached_logits(model, ids)
     torch.testing.assert_close(plain[-len(expected):], expected, **LOOSE)
     n = min(len(expected), len(through))
@@ -631,7 +631,7 @@ def test_fixture_logits(name):
     unlimited(model).requires_grad_(False)
     for ids, rows, logprobs in zip(expected["full"], expected["logits"], expected["logp"]):
         check_logits(model, ids, rows)
-        mine = model.logits(model(torch.tensor([ids]))[0, :-1]).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+        mine = model.unembed(model(torch.tensor([ids]))[0, :-1]).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
         torch.testing.assert_close(mine[:, 0], logprobs, **LOOSE)
     tokenizer.stops = ()
     greedy = gpt.Sampler(model, tokenizer).generate(expected["prompts"], 2, 48, gpt.Policy(1.0, 1))
