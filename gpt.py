@@ -835,6 +835,12 @@ def compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+def read_json(files: dict[str, bytes], name: str) -> dict:
+    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
+    with blaming(f"{name} is no JSON object", "fetch it again"):
+        return dict(json.loads(files.get(name, b"{}")))
+
+
 OTHER_TEMPLATE = "give another by --chat-template FILE"
 
 
@@ -847,8 +853,8 @@ class ChatTokenizer:
     def __init__(self, files: dict[str, bytes]):
         """Raises UserError on files that will not do."""
         self.files = files
-        self.variables = {}
-        self.date = date.today().isoformat()  # of the template; what it takes for today
+        self.variables = {}                 # of the template
+        self.date = date.today().isoformat()  # what it takes for today
         with blaming("tokenizer.json is missing or broken", "fetch it again"):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
         self.tokenizer.no_truncation()
@@ -907,12 +913,6 @@ class ChatTokenizer:
         said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
         after = self.render_text(said).partition("Agreed.")[2].lstrip()
         return [token for token in self.encode(after)[:1] if token in self.markers]
-
-
-def read_json(files: dict[str, bytes], name: str) -> dict:
-    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
-    with blaming(f"{name} is no JSON object", "fetch it again"):
-        return dict(json.loads(files.get(name, b"{}")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1063,10 +1063,10 @@ class Sampler:
             if mine.data_ptr() != x.data_ptr():
                 mine.copy_(x)
 
-    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, ...]:
-        """Tokens, logprobs and entropies (B,) after hidden states (B, C)."""
+    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
+        """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
         drawn = [policy.draw(self.model.unembed(h), u) for h, u in pieces(self.model, hidden, uniform)]
-        return tuple(map(torch.cat, zip(*drawn)))
+        return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
     @torch.inference_mode()
     def generate(
@@ -1097,7 +1097,7 @@ class Sampler:
         rows = numpy.arange(len(hidden))    # those in the cache
         transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
         for t in range(max_new_tokens):
-            drawn = torch.stack(self.draw(hidden, to_uniform(fold(stream, t)), policy))
+            drawn = self.draw(hidden, to_uniform(fold(stream, t)), policy)
             tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
             if progress:
                 progress(int((transcript.lengths == t + 1).sum()))
@@ -1420,8 +1420,7 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
     """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
     bytes (or of one tensor) and their index."""
     names = huggingface_names(config.n_layer)
-    unnamed = ["lm_head.weight"] if config.tied else []
-    tensors = {names[key]: tensor.contiguous() for key, tensor in state.items() if key not in unnamed}
+    tensors = {names[key]: x for key, x in state.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
     files = {file: {name: tensors[name] for name in part} for file, part in split.filename_to_tensors.items()}
     if split.is_sharded:
@@ -1433,7 +1432,7 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
 def adapter_files(adapters: dict[str, Tensor], base: str, config: Config) -> Contents:
     """PEFT's folder of the adapters, of their names in GPT, to a model that is found at `base`."""
     names = huggingface_names(config.n_layer)
-    tensors = {f"base_model.model.{names[key]}": tensor.contiguous() for key, tensor in adapters.items()}
+    tensors = {f"base_model.model.{names[key]}": x for key, x in adapters.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -1472,7 +1471,8 @@ def save_checkpoint(
     """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
     or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
     where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
-    the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+    the types that they were loaded with; an adapter's base is the path of the meta's `source`. Raises OSError, leaving
+    earlier checkpoints as they were."""
     meta = {**meta, "step": step, "sha256": {}}
     parts = [checkpoint_contents(step, model, tokenizer, meta.get("source", {}).get("path", ""))]
     if training is not None:
