@@ -718,7 +718,7 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-COUNT = re.compile(r"""(['"])((?:(?!\1).)*)\1\.count\( *(['"])((?:(?!\3).)*)\3 *\)""")  # 'text'.count('part')
+COUNT = re.compile(r"""(['"])((?:(?!\1).)*)\1 *\.count\( *(['"])((?:(?!\3).)*)\3 *\)""")  # 'text'.count('part')
 
 
 def calculate(expression: str) -> str | None:
@@ -1093,7 +1093,7 @@ class Sampler:
         prefix = prefill(self.model, prompts)
         cache = Cache(prefix, num_samples, max_new_tokens)
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
-        stream = streams(seed, range(len(prompts)) if keys is None else keys, num_samples, hidden.device)
+        stream = streams(seed, keys or range(len(prompts)), num_samples, hidden.device)
         rows = numpy.arange(len(hidden))    # those in the cache
         transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
         for t in range(max_new_tokens):
