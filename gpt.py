@@ -240,7 +240,7 @@ class Cache:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Positions of all own tokens, the new ones ids (B, T) included, from the start of the question: (B or 1, S)."""
+        """Positions of all own tokens, the new ones ids (B, T) included, from the question's start: (B or 1, S)."""
         own = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
         return own if self.prefix is None else own + self.starts.unsqueeze(1)
 
@@ -356,7 +356,7 @@ class Config:
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
     lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
-    value_gate: int = 0                     # channels that gate value embeddings, in every other layer down from the last
+    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last too
     value_scale: float = 1.0                # of that gate
     smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
     lora_rank: int = 0                      # of adapters on the matrices of the blocks (0: none, all weights learn)
