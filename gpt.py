@@ -1,5 +1,5 @@
-"""The machine under chat_rl.py: the processes of a run, a small chat GPT, its cache, tokenizer, sampler, checkpoints and
-optimizers.
+"""The machine under chat_rl.py: the processes of a run, a small chat GPT, its cache, tokenizer, sampler, checkpoints
+and optimizers.
 
 The model has one way of running: new tokens attend to a Cache, which has a part shared by all rows of a group (their
 question) and a part of each row's own (its completion). Prefill, decoding and training are that one forward with
@@ -9,25 +9,24 @@ Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens,
 heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
 
-import ast
 import hashlib
 import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import pickle
 import re
 import signal
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import huggingface_hub
 import jinja2
@@ -52,6 +51,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@contextmanager
+def blaming(what: str, mend: str) -> Iterator[None]:
+    """For work on what may be broken in any way there is: its errors become UserErrors that say so, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({one_line(error)}): {mend}") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks: the processes of a run
 
@@ -62,10 +72,10 @@ class Interrupted(BaseException):
 
 def find_device(device_type: str) -> torch.device:
     """The device of that type, or else the best there is. Raises UserError where it is not there."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(device_type or best)
-    if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best}")
+    if device.type not in ("cpu", best.type):
+        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best.type}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -82,12 +92,15 @@ class Ranks:
     TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
 
     def __init__(self, device_type: str):
-        self.rank, self.size = 0, 1
-        self.signalled, self.working = 0.0, False
+        self.rank = 0
+        self.size = 1
+        self.signalled = 0.0
+        self.working = False
         self.device = find_device(device_type)
         if "RANK" not in os.environ:
             return
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.rank = int(os.environ["RANK"])
+        self.size = int(os.environ["WORLD_SIZE"])
         if self.device.type == "mps" and self.size > 1:
             raise UserError(
                 "--device-type mps runs in one process: start it with python, or take --device-type cpu"
@@ -98,20 +111,22 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.TIMEOUT)
 
+    def everyone(self, thing: Any) -> list:
+        """All ranks' things, which hold no tensors, on every rank."""
+        things = [thing]
+        if self.size > 1:
+            things *= self.size
+            dist.all_gather_object(things, thing)
+        return things
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds up the ranks' values of each name, in float64."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+        """Adds up the ranks' values of each name."""
+        parts = self.everyone(values)
+        return {name: sum(part[name] for part in parts) for name in values}
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values."""
-        largest = torch.tensor(value, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.item()
+        return max(self.everyone(value))
 
     def reduce(self, tensor: Tensor) -> None:
         """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
@@ -131,12 +146,8 @@ class Ranks:
         return box[0]
 
     def gather(self, items: list) -> list:
-        """All ranks' items on rank 0, dealt back into the order in which [rank::size] dealt them out; [] on others."""
-        if self.size == 1:
-            return items
-        parts = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(items, parts)
-        rounds = itertools.zip_longest(*parts or [])
+        """All ranks' items, dealt back into the order in which [rank::size] dealt them out."""
+        rounds = itertools.zip_longest(*self.everyone(items))
         return [item for round in rounds for item in round if item is not None]
 
     def listen(self) -> None:
@@ -166,7 +177,7 @@ class Ranks:
 
     def stopping(self) -> bool:
         """Whether any rank was told to stop: the same answer on all."""
-        return self.sum({"signalled": float(self.signalled > 0)})["signalled"] > 0
+        return any(self.everyone(self.signalled))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,9 +218,11 @@ class Cache:
     """
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
-        self.prefix, self.num_samples, self.size = prefix, num_samples, 0
-        self.own = {}                       # layer -> (2, B, G, S, D)
-        self.room = None                    # (L, 2, B, G, capacity, D), where there is one, that they are views of
+        self.prefix = prefix
+        self.num_samples = num_samples
+        self.size = 0
+        self.own = {}                       # layer -> (2, B, G, T, D), of the one forward
+        self.room = None                    # (L, 2, B, G, capacity, D), of a cache to decode with
         self.last = None                    # (B, T, C) embeddings of the latest forward
         self.places = self.slots = None     # of uneven groups: each row's place (B,), the row in each place (P·N,)
         if prefix is None:
@@ -217,7 +230,8 @@ class Cache:
         self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
         self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)  # each row's entry of the prefix
         rows = self.to_device(self.groups)
-        self.starts, self.last = prefix.lengths[rows], prefix.embed[rows].unsqueeze(1)
+        self.starts = prefix.lengths[rows]
+        self.last = prefix.embed[rows].unsqueeze(1)
         if capacity:
             L, _, _, G, _, D = prefix.kv.shape
             self.room = prefix.kv.new_empty(L, 2, len(rows), G, capacity, D)
@@ -226,25 +240,22 @@ class Cache:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Positions of new tokens ids (B, T), counted from the start of the question: (B or 1, T)."""
-        new = torch.arange(self.size, self.size + ids.size(1), device=ids.device).unsqueeze(0)
-        return new if self.prefix is None else new + self.starts.unsqueeze(1)
+        """Positions of all own tokens, the new ones ids (B, T) included, from the question's start: (B or 1, S)."""
+        own = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
+        return own if self.prefix is None else own + self.starts.unsqueeze(1)
 
-    def mask(self, ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
         """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
-        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(
-            0
-        )                                   # counted from the completion's start
-        queries = keys[0, self.size :].unsqueeze(1)
+        keys = positions
+        queries = positions[:, self.size :]
         if self.prefix is not None:
-            shared = torch.arange(self.prefix.kv.size(4), device=ids.device) - self.starts.unsqueeze(1)
-            shared = shared.masked_fill(shared >= 0, -(2**40))  # padding is out of sight
-            keys = torch.cat([shared, keys.expand(len(shared), -1)], dim=1)
-        distance = queries - keys.unsqueeze(1)
+            shared = torch.arange(self.prefix.kv.size(4), device=keys.device)
+            padding = shared >= self.starts.unsqueeze(1)
+            keys = torch.cat([shared.masked_fill(padding, 2**40), keys], dim=1)
+        distance = queries.unsqueeze(2) - keys.unsqueeze(1)
         unseen = (distance < 0) | (distance > window)
-        return (
-            torch.zeros(unseen.shape, dtype=dtype, device=ids.device).masked_fill_(unseen, -torch.inf).unsqueeze(1)
-        )
+        mask = distance.new_zeros(distance.shape, dtype=dtype)
+        return mask.masked_fill_(unseen, -torch.inf).unsqueeze(1)
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
@@ -252,39 +263,33 @@ class Cache:
         self.last = x
         return torch.cat([before, x[:, :-1]], dim=1)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Adds k and v (B, G, T, D) to the rows' own part and returns the whole of it (2, B, G, S, D)."""
-        new = torch.stack((k, v))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
+        (B, H, T, D)."""
+        own = torch.stack((k, v))
         if self.room is not None:
             end = self.size + k.size(2)
-            self.room[layer, :, :, :, self.size : end] = new
-            new = self.room[layer, :, :, :, :end]
-        self.own.setdefault(layer, new)     # not what a block leaves that runs again in a backward
-        return new
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """One softmax over the shared and the own part: q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
-        own = self.append(layer, k, v)
-        if self.room is not None:
-            return self.attend_in_groups(q * scale, *self.shared[layer], *own, mask)
+            self.room[layer, :, :, :, self.size : end] = own
+            return self.attend_in_groups(q * scale, self.shared[layer], self.room[layer, :, :, :, :end], mask)
+        self.own.setdefault(layer, own)     # not what a block leaves that runs again in a backward
         if self.prefix is not None:
             own = torch.cat([self.shared[layer], own], dim=3)
         # CUDA's kernels that keep no scores take a mask or grouped heads, not both
         k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    def attend_in_groups(
-        self, q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, mask: Tensor
-    ) -> Tensor:
-        """`attend` where all rows of a group read one copy of their shared part (P, G, Lp, D)."""
-        (B, H, T, D), G = q.shape, k.size(1)
-        q = q.reshape(B, G, H // G * T, D)
-        shared = self.to_rows(self.to_groups(q) @ shared_k.mT)
-        scores = torch.cat([shared, q @ k.mT], dim=-1)
-        weights = (scores.view(B, G, H // G, T, -1) + mask.unsqueeze(2)).softmax(dim=-1).view_as(scores)
-        shared, own = weights.split([shared.size(-1), k.size(2)], dim=-1)
-        y = own @ v + self.to_rows(self.to_groups(shared) @ shared_v)
-        return y.view(B, H, T, D)
+    def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+        """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
+        k, v = own
+        shared_k, shared_v = shared
+        asked = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, R·T, D)
+        of_shared = self.to_rows(self.to_groups(asked) @ shared_k.mT)
+        scores = torch.cat([of_shared, asked @ k.mT], dim=-1)
+        scores = scores.unflatten(2, (-1, q.size(2))) + mask.unsqueeze(2)  # (B, G, R, T, Lp + S)
+        weights = scores.softmax(dim=-1).flatten(2, 3)
+        to_shared, to_own = weights.tensor_split([shared_k.size(2)], dim=-1)
+        y = to_own @ v + self.to_rows(self.to_groups(to_shared) @ shared_v)
+        return y.view_as(q)
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
@@ -303,15 +308,19 @@ class Cache:
         for x in self.room:
             x[:, : len(rows), :, : self.size] = x[:, :, :, : self.size].index_select(1, index)
         self.room = self.room[:, :, : len(rows)]
-        self.starts, self.last = self.starts.index_select(0, index), self.last.index_select(0, index)
+        self.starts = self.starts.index_select(0, index)
+        self.last = self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
             self.prefix = self.prefix.rows(self.to_device(kept))
             self.shared = self.prefix.kv.unbind()
-        self.groups, self.num_samples = groups, int(counts.max())
-        places = groups * self.num_samples + numpy.arange(len(rows)) - (counts.cumsum() - counts)[groups]
+        self.groups = groups
+        self.num_samples = counts.max()
+        order = numpy.arange(len(rows))
+        places = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
         slots = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
-        slots[places] = numpy.arange(len(rows))
-        self.places, self.slots = self.to_device(places), self.to_device(slots)
+        slots[places] = order
+        self.places = self.to_device(places)
+        self.slots = self.to_device(slots)
         return index
 
 
@@ -342,12 +351,12 @@ class Config:
     qk_scale: float = 1.0                   # q and k are multiplied by this
     rope_base: float = 1e4
     rope_sign: int = 1                      # direction in which RoPE turns
-    rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in every run, not only in bfloat16 ones
+    rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in float32 runs too
     rope_scaling: tuple[float, ...] = ()    # Llama 3.1's: factor, low and high frequency factor, original positions
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
     lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
-    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last included
+    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last too
     value_scale: float = 1.0                # of that gate
     smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
     lora_rank: int = 0                      # of adapters on the matrices of the blocks (0: none, all weights learn)
@@ -363,11 +372,7 @@ GENERATIONS = {                             # of nanochat's model; a checkpoint'
     "spring": dict(rope_base=1e5, qk_scale=1.15, lambdas=True, value_gate=12, value_scale=3.0),
     "current": dict(rope_base=1e5, qk_scale=1.2, lambdas=True, value_gate=12, value_scale=3.0, smear=True),
 }
-SHORT_WINDOWS = {
-    "winter": (2, 1),
-    "spring": (3, 128),
-    "current": (4, 128),
-}                                           # part of sequence_len, rounded up to a multiple
+SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}  # part of the long one, and its rounding
 
 
 def rounded_up(n: float, multiple: int) -> int:
@@ -375,31 +380,21 @@ def rounded_up(n: float, multiple: int) -> int:
 
 
 def nanochat_config(
-    generation: str,
-    sequence_len: int,
-    vocab_size: int,
-    n_layer: int,
-    n_head: int,
-    n_kv_head: int,
-    n_embd: int,
-    window_pattern: str = "L",
-    vocab_rows: int | None = None,
+    generation: str, sequence_len: int, window_pattern: str = "L", vocab_rows: int | None = None, **shape: int
 ) -> Config:
-    """The architecture behind a nanochat checkpoint's `model_config`; `sequence_len` is the long window. Tables are
-    padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
+    """The architecture behind a nanochat checkpoint's `model_config`, whose other fields are named as Config's are;
+    `sequence_len` is the long window. Tables are padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
     windows = ()
+    n_layer = shape["n_layer"]
+    n_embd = shape["n_embd"]
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
         reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
         windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[: n_layer - 1] + "L")
     return Config(
-        vocab_size,
-        vocab_rows or rounded_up(vocab_size, 64),
-        n_layer,
-        n_head,
-        n_kv_head,
-        n_embd,
-        head_dim=n_embd // n_head,
+        **shape,
+        vocab_rows=vocab_rows or rounded_up(shape["vocab_size"], 64),
+        head_dim=n_embd // shape["n_head"],
         mlp_width=4 * n_embd,
         max_positions=sequence_len,
         windows=windows,
@@ -414,66 +409,58 @@ FAMILIES = {
     "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
     "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
 }
+KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
+    "hidden_act": (None, "silu"),
+    "full_attention": (None,),              # RoPE's settings by the type of layer
+    "partial_rotary_factor": (None, 1),
+    "rope_type": ("default", "llama3"),
+    "tie_word_embeddings": (None, False, True),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"), (None, False)),
+}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-class Fields:
-    """The fields of a config.json. Raises UserError, naming the field, on one that would be run wrong."""
-
-    def __init__(self, raw: dict):
-        self.raw = raw
-
-    def expect(self, good: bool, name: str, known: Any) -> None:
-        if not good:
-            raise UserError(f"config.json: {name} is {self.raw.get(name)!r}; known here: {known}")
-
-    def only(self, name: str, *known: Any) -> None:
-        self.expect(self.raw.get(name) in known, name, known)
-
-    def number(self, name: str, default: float | None = None, kind: type = int) -> float:
-        value = default if self.raw.get(name) is None else self.raw[name]
-        sound = type(value) in (kind, int) and (kind is bool or 0 < value < math.inf)
-        self.expect(sound, name, f"any {kind.__name__}, numbers above 0")
-        return value
 
 
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
     """The architecture that a config.json describes, for a tokenizer with so many ids. Raises UserError, naming the
     field, on whatever would be run wrong."""
-    Fields(raw).only("model_type", *FAMILIES)
+
+    def expect(good: bool, name: str, known: Any) -> None:
+        if not good:
+            raise UserError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
+
+    def number(name: str, default: float | None = None, kind: type = int) -> float:
+        value = default if raw.get(name) is None else raw[name]
+        expect(type(value) in (kind, int) and 0 < value < math.inf, name, f"any {kind.__name__} above 0")
+        return value
+
+    expect(raw.get("model_type") in tuple(FAMILIES), "model_type", tuple(FAMILIES))
     family, defaults = FAMILIES[raw["model_type"]]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
-    Fields(raw).expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
+    expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
-    read = Fields(raw)
-    layers, heads, width = map(read.number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads, head_dim = read.number("num_key_value_heads", heads), read.number("head_dim", width // heads)
-    rows = read.number("vocab_size")
-    read.only("hidden_act", None, "silu")
-    read.only("layer_types", None, ["full_attention"] * layers)
-    read.only("full_attention", None)       # RoPE's settings by the type of layer
-    read.only("partial_rotary_factor", None, 1)
-    read.only("rope_type", "default", "llama3")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        read.only(name, None, False)
-    read.expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
-    read.expect(head_dim % 2 == 0, "head_dim", "even numbers")
-    read.expect(vocab_size <= rows, "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
-    scaling = [read.number(name, kind=float) for name in LLAMA3] if raw["rope_type"] == "llama3" else ()
+    layers, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    kv_heads = number("num_key_value_heads", heads)
+    head_dim = number("head_dim", width // heads)
+    for name, known in {**KNOWN, "layer_types": (None, ["full_attention"] * layers)}.items():
+        expect(raw.get(name) in known, name, known)
+    expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
+    expect(head_dim % 2 == 0, "head_dim", "even numbers")
+    expect(vocab_size <= number("vocab_size"), "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
+    scaled = raw["rope_type"] == "llama3"
     return Config(
         vocab_size,
-        rows,
-        layers,
-        heads,
-        kv_heads,
-        width,
-        head_dim,
-        mlp_width=read.number("intermediate_size"),
-        max_positions=read.number("max_position_embeddings"),
-        tied=read.number("tie_word_embeddings", False, bool),
-        norm_eps=read.number("rms_norm_eps", 1e-6, float),
-        rope_base=read.number("rope_theta", 1e4, float),
-        rope_scaling=tuple(scaling),
+        vocab_rows=raw["vocab_size"],
+        n_layer=layers,
+        n_head=heads,
+        n_kv_head=kv_heads,
+        n_embd=width,
+        head_dim=head_dim,
+        mlp_width=number("intermediate_size"),
+        max_positions=number("max_position_embeddings"),
+        tied=bool(raw.get("tie_word_embeddings")),
+        norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_base=number("rope_theta", 1e4, float),
+        rope_scaling=tuple(number(name, kind=float) for name in LLAMA3) if scaled else (),
         **family,
     )
 
@@ -492,34 +479,33 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.lora_a is None:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        low = F.linear(x, self.lora_a.to(x.dtype))
+        return y + self.scale * F.linear(low, self.lora_b.to(x.dtype))
 
     def merged(self) -> Tensor:
         """The weights with the adapter in them, in float32."""
         return self.weight.float() + self.scale * self.lora_b.float() @ self.lora_a.float()
 
 
-class Norm(nn.Module):
+class Norm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019)."""
 
     def __init__(self, config: Config, width: int):
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weights else None
+        super().__init__(width, config.norm_eps, config.norm_weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
 def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (B, 1, T, D/2) each."""
-    frequencies = 1.0 / config.rope_base ** (
-        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    )
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling:
         factor, low, high, reach = config.rope_scaling
         turns = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
@@ -527,7 +513,8 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
     rounding = torch.bfloat16 if config.rope_rounded else dtype
-    cos, sin = angles.cos(), config.rope_sign * angles.sin()
+    cos = angles.cos()
+    sin = config.rope_sign * angles.sin()
     return cos.to(rounding).to(dtype), sin.to(rounding).to(dtype)
 
 
@@ -540,14 +527,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.config, self.layer = config, layer
-        C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
-        self.c_q = Linear(C, H * D, config.qkv_bias, config.lora_rank)
-        self.c_k = Linear(C, G * D, config.qkv_bias, config.lora_rank)
-        self.c_v = Linear(C, G * D, config.qkv_bias, config.lora_rank)
-        self.c_proj = Linear(H * D, C, rank=config.lora_rank)
+        self.config = config
+        self.layer = layer
+        C = config.n_embd
+        D = config.head_dim
+        H = config.n_head
+        G = config.n_kv_head
+        linear = partial(Linear, rank=config.lora_rank)
+        self.c_q = linear(C, H * D, config.qkv_bias)
+        self.c_k = linear(C, G * D, config.qkv_bias)
+        self.c_v = linear(C, G * D, config.qkv_bias)
+        self.c_proj = linear(H * D, C)
         if config.qk_norm:
-            self.q_norm, self.k_norm = Norm(config, D), Norm(config, D)
+            self.q_norm = Norm(config, D)
+            self.k_norm = Norm(config, D)
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
             self.ve_gate = Linear(config.value_gate, G)
 
@@ -571,20 +564,24 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        C, W, rank = config.n_embd, config.mlp_width, config.lora_rank
+        C = config.n_embd
+        W = config.mlp_width
+        rank = config.lora_rank
         self.c_fc = Linear(C, W, rank=rank)
         self.c_gate = Linear(C, W, rank=rank) if config.gated_mlp else None
         self.c_proj = Linear(W, C, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_fc(x)
-        return self.c_proj(F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square())
+        y = F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square()
+        return self.c_proj(y)
 
 
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.norm_1, self.norm_2 = Norm(config, config.n_embd), Norm(config, config.n_embd)
+        self.norm_1 = Norm(config, config.n_embd)
+        self.norm_2 = Norm(config, config.n_embd)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -593,31 +590,45 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def recomputed(work: Callable, when: bool) -> Callable:
+    """The work; done again in the backward, to save memory, rather than remembered."""
+    return partial(checkpoint, work, use_reentrant=False) if when else work
+
+
 class GPT(nn.Module):
-    """A decoder of any family. Weights that learn are float32, arithmetic runs in `dtype`; parameter names are
-    nanochat's."""
+    """A decoder of any family. Weights that learn are float32, those that adapters freeze have the `dtype` in which
+    arithmetic runs; parameter names are nanochat's."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
-        C, L, rows = config.n_embd, config.n_layer, config.vocab_rows
-        self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(rows, C), "h": nn.ModuleList(Block(config, i) for i in range(L))}
-        )
+        C = config.n_embd
+        L = config.n_layer
+        rows = config.vocab_rows
+
+        def table(width: int) -> nn.Embedding:  # without random numbers, which take seconds to begin on "meta"
+            return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+        blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.transformer = nn.ModuleDict({"wte": table(C), "h": blocks})
         self.norm = Norm(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
-        gated = [str(i) for i, block in enumerate(self.transformer.h) if hasattr(block.attn, "ve_gate")]
-        self.value_embeds = nn.ModuleDict(
-            {i: nn.Embedding(rows, config.n_kv_head * config.head_dim) for i in gated}
-        )
+        gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
+        self.value_embeds = nn.ModuleDict({i: table(config.n_kv_head * config.head_dim) for i in gated})
         if config.lambdas:
-            self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
+            self.resid_lambdas = nn.Parameter(torch.ones(L))
+            self.x0_lambdas = nn.Parameter(torch.zeros(L))
         if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1)
-            self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
+        for name, p in self.named_parameters():
+            if config.lora_rank and "lora_" not in name:
+                p.requires_grad_(False).data = p.data.to(dtype)
 
     @property
     def device(self) -> torch.device:
@@ -627,12 +638,15 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Random weights to train from: nanochat's initialisation of the current generation."""
         generator = torch.Generator().manual_seed(seed)
-        C, L = self.config.n_embd, self.config.n_layer
+        C = self.config.n_embd
+        L = self.config.n_layer
         for name, p in self.named_parameters():
             if "c_proj" in name:
                 p.zero_()
-            elif "wte" in name or "lm_head" in name:
-                p.normal_(std=0.8 if "wte" in name else 0.001, generator=generator)
+            elif "wte" in name:
+                p.normal_(std=0.8, generator=generator)
+            elif "lm_head" in name:
+                p.normal_(std=0.001, generator=generator)
             elif p.ndim == 2:
                 bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
                 p.uniform_(-bound, bound, generator=generator)
@@ -645,26 +659,25 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
-        cache, config = cache or Cache(), self.config
-        rope = rope_of(config, cache.positions(ids), self.dtype)
+        cache = cache or Cache()
+        config = self.config
+        positions = cache.positions(ids)
+        rope = rope_of(config, positions[:, cache.size :], self.dtype)
         windows = config.windows or (2**30,) * config.n_layer
-        masks = {window: cache.mask(ids, window, self.dtype) for window in set(windows)}
+        masks = {window: cache.mask(positions, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
         previous = cache.previous(x)
         if config.smear:
-            x = x + self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH])) * previous
+            gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH]))
+            x = x + self.smear_lambda.to(x.dtype) * gate * previous
         x0 = x
         for i, block in enumerate(self.transformer.h):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            run = (
-                partial(checkpoint, block, use_reentrant=False)
-                if self.recompute and torch.is_grad_enabled()
-                else block
-            )
+            run = recomputed(block, self.recompute and torch.is_grad_enabled())
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
@@ -676,76 +689,57 @@ class GPT(nn.Module):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
         table = self.transformer.wte if self.config.tied else self.lm_head
-        return F.linear(hidden, table.weight.to(hidden.dtype))[..., : self.config.vocab_size].float()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) -> float32 logits (..., vocab_size)."""
-        return softcap(self.unembed(hidden), self.config.softcap)
+        logits = F.linear(hidden, table.weight.to(hidden.dtype))
+        return logits[..., : self.config.vocab_size].float()
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits / cap) if cap else logits
+
+def empty_model(config: Config, dtype: torch.dtype) -> GPT:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(config, dtype)
 
 
-def pad(sequences: list[list], device: str | torch.device = "cpu") -> Tensor:
+def pad(sequences: list[list], device: torch.device) -> Tensor:
     """Lists of numbers -> (B, T), padded with zeros on the right."""
-    width = max(map(len, sequences))
-    return torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
+    return nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
 
 
 def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
     """Runs the prompts, each once."""
-    cache, lengths = Cache(), torch.tensor([len(p) for p in prompts], device=model.device)
+    cache = Cache()
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
     hidden = model(pad(prompts, model.device), cache)
     last = torch.arange(len(prompts), device=model.device), lengths - 1
-    return Prefix(lengths, hidden[last], cache.last[last], torch.stack(list(cache.own.values())))
+    kv = torch.stack(list(cache.own.values()))
+    return Prefix(lengths, hidden[last], cache.last[last], kv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-
-
-def evaluate(node: ast.AST) -> int | float:
-    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError on any other syntax."""
-    match node:
-        case ast.Constant(int() | float() as value):
-            return value
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(left), evaluate(right))
-        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate(operand))
-        case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
-            return text.count(part)
-    raise TypeError(f"not arithmetic: {type(node).__name__}")
+COUNT = re.compile(r"""(['"])((?:(?!\1).)*)\1 *\.count\( *(['"])((?:(?!\3).)*)\3 *\)""")  # 'text'.count('part')
 
 
 def calculate(expression: str) -> str | None:
     """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
     nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
-    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
-    counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
-    if len(expression) > 200 or not (arithmetic or counting):
+    if len(expression) > 200:
+        return None
+    if re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression):
+        expression = COUNT.sub(lambda match: f"({match[2].count(match[4])})", expression)
+    if "**" in expression or not re.fullmatch(r"[0-9+\-*/.() ]+", expression):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
-            value = evaluate(ast.parse(expression, mode="eval").body)
+            value = eval(expression)        # of digits and operators alone, which can name nothing
         if not math.isfinite(value):
             return None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
-        return str(int(value))
+        return str(value)
     text = format(Decimal(f"{value:.10g}"), "f")
     return "0" if text == "-0" else text
 
@@ -759,24 +753,18 @@ class Tokenizer:
     """
 
     SPECIAL = (
-        "bos",
-        "user_start",
-        "user_end",
-        "assistant_start",
-        "assistant_end",
-        "python_start",
-        "python_end",
-        "output_start",
-        "output_end",
-    )
+        "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
+    ).split()
 
     def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding, self.vocab_size = encoding, encoding.n_vocab
-        for name in self.SPECIAL:
-            setattr(self, name, encoding.encode_single_token(f"<|{name}|>"))
-        self.markers = {getattr(self, name) for name in self.SPECIAL}
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        special = {name: encoding.encode_single_token(f"<|{name}|>") for name in self.SPECIAL}
+        vars(self).update(special)
+        self.markers = set(special.values())
         self.date = ""
-        self.stops, self.call_end = (self.assistant_end, self.bos), self.python_end
+        self.stops = self.assistant_end, self.bos
+        self.call_end = self.python_end
         self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
     def encode(self, text: str) -> list[int]:
@@ -807,12 +795,10 @@ class Tokenizer:
         """What is forced after a completion's call, which its last token has closed: the value of what stands
         between the last python_start and this python_end. Empty where there is no call or no value."""
         body = ids[:-1]
-        start = max(
-            (i for i, token in enumerate(body) if token in (self.python_start, self.python_end)), default=None
-        )
-        if start is None or body[start] == self.python_end:
+        borders = [i for i, token in enumerate(body) if token in (self.python_start, self.python_end)]
+        if not borders or body[borders[-1]] == self.python_end:
             return []
-        result = calculate(self.decode(body[start + 1 :]))
+        result = calculate(self.decode(body[borders[-1] + 1 :]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
 
 
@@ -827,11 +813,7 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """The filter `tojson` of transformers' templates."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -853,6 +835,15 @@ def compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+def read_json(files: dict[str, bytes], name: str) -> dict:
+    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
+    with blaming(f"{name} is no JSON object", "fetch it again"):
+        return dict(json.loads(files.get(name, b"{}")))
+
+
+OTHER_TEMPLATE = "give another by --chat-template FILE"
+
+
 class ChatTokenizer:
     """Hugging Face's: a tokenizer.json and a chat template, out of the `files` of a model's folder. Text that spells a
     special token becomes that token, in messages too."""
@@ -862,38 +853,33 @@ class ChatTokenizer:
     def __init__(self, files: dict[str, bytes]):
         """Raises UserError on files that will not do."""
         self.files = files
-        self.variables, self.date = {}, date.today().isoformat()  # of the template; what it takes for today
-        try:
+        self.variables = {}                 # of the template
+        self.date = date.today().isoformat()  # what it takes for today
+        with blaming("tokenizer.json is missing or broken", "fetch it again"):
             self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
-        except Exception as error:          # the library raises no other class
-            raise UserError(f"tokenizer.json is missing or broken ({one_line(error)}): fetch it again") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size, self.markers = 1 + max(self.tokenizer.get_vocab().values()), set(
-            self.tokenizer.get_added_tokens_decoder()
-        )
-        settings, *others = (
-            read_json(files, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-        )
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        self.markers = set(self.tokenizer.get_added_tokens_decoder())
+        settings = read_json(files, "tokenizer_config.json")
         self.special = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in settings.items()
             if name.endswith("_token") and isinstance(value, (str, dict))
         }
-        own = settings.get("chat_template")
-        if isinstance(own, list):
-            own = {entry["name"]: entry["template"] for entry in own}.get("default")
-        try:
-            self.template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else own
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"chat_template.jinja is no text ({error}): give another by --chat-template FILE"
-            ) from error
+        self.template = settings.get("chat_template")
+        if isinstance(self.template, list):
+            self.template = {entry["name"]: entry["template"] for entry in self.template}.get("default")
+        if "chat_template.jinja" in files:
+            with blaming("chat_template.jinja is no text", OTHER_TEMPLATE):
+                self.template = files["chat_template.jinja"].decode()
         if not self.template:
-            raise UserError("the model has no chat template: give one by --chat-template FILE")
-        eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        end = next((end for end in (*(other.get("eos_token_id") for other in others), eos) if end is not None), [])
-        self.stops = tuple(sorted({*(end if isinstance(end, list) else [end]), *self.turn_end()}))
+            raise UserError(f"the model has no chat template: {OTHER_TEMPLATE}")
+        ends = [read_json(files, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        ends.append(self.tokenizer.token_to_id(self.special.get("eos_token", "")))
+        end = next((end for end in ends if end is not None), [])
+        stops = end if isinstance(end, list) else [end]
+        self.stops = tuple(sorted({*stops, *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -904,9 +890,9 @@ class ChatTokenizer:
         """Token ids -> text, special tokens as they are spelled; an id without a token is nothing."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def render_text(self, messages: list[dict], **variables: Any) -> str:
+    def render_text(self, messages: list[dict]) -> str:
         """A chat as the template writes it, up to where the assistant begins to speak unless the last message is the
-        assistant's. `variables` are the template's. Raises UserError where it fails."""
+        assistant's. Raises UserError where it fails."""
         known = {
             "tools": None,
             "documents": None,
@@ -914,37 +900,19 @@ class ChatTokenizer:
             "strftime_now": datetime.fromisoformat(self.date).strftime,
             **self.special,
             **self.variables,
-            **variables,
+            "messages": messages,
         }
-        try:
-            return compiled(self.template).render({**known, "messages": messages})
-        except Exception as error:          # a template can fail in any way there is
-            raise UserError(
-                f"the chat template fails ({one_line(error)}): give another by --chat-template FILE"
-            ) from error
+        with blaming("the chat template fails", OTHER_TEMPLATE):
+            return compiled(self.template).render(known)
 
-    def render(self, messages: list[dict], **variables: Any) -> list[int]:
-        return self.encode(self.render_text(messages, **variables))
+    def render(self, messages: list[dict]) -> list[int]:
+        return self.encode(self.render_text(messages))
 
     def turn_end(self) -> list[int]:
         """The added token that the template writes after what the assistant says, if it does."""
-        chat = self.render_text(
-            [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
-        )
-        return [
-            token
-            for after in chat.split("Agreed.")[1:]
-            for token in self.encode(after.lstrip())[:1]
-            if token in self.markers
-        ]
-
-
-def read_json(files: dict[str, bytes], name: str) -> dict:
-    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
-    try:
-        return dict(json.loads(files.get(name, b"{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name} is no JSON object ({one_line(error)}): fetch it again") from error
+        said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
+        after = self.render_text(said).partition("Agreed.")[2].lstrip()
+        return [token for token in self.encode(after)[:1] if token in self.markers]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -960,7 +928,9 @@ class Policy:
     softcap: float = 0.0                    # the model's; 0: none
 
     def scores(self, logits: Tensor) -> Tensor:
-        return softcap(logits, self.softcap) / self.temperature
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and
@@ -976,7 +946,8 @@ class Policy:
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
-        reach, entropy = p.cumsum(dim=-1), -(p * logprobs).sum(dim=-1)
+        reach = p.cumsum(dim=-1)
+        entropy = -(p * logprobs).sum(dim=-1)
         pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True)
         pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
@@ -1039,8 +1010,7 @@ def to_uniform(x: Tensor) -> Tensor:
 def streams(seed: int, keys: Iterable[int], num_samples: int, device: torch.device) -> Tensor:
     """A stream of random numbers for each sample of each key: (P·N,)."""
     names = torch.tensor(list(keys), device=device)
-    samples = torch.arange(num_samples, device=device)
-    return fold(seed, names.repeat_interleave(num_samples), samples.repeat(len(names)))
+    return fold(seed, names.unsqueeze(1), torch.arange(num_samples, device=device)).flatten()
 
 
 class Transcript:
@@ -1048,34 +1018,29 @@ class Transcript:
 
     def __init__(self, tokenizer: Tokenizer, num_rows: int, max_new_tokens: int):
         self.tokenizer = tokenizer
-        self.tokens = numpy.zeros((num_rows, max_new_tokens), dtype=numpy.int64)
-        self.forced = numpy.full_like(self.tokens, -1)  # −1: sampled
-        self.lengths = numpy.zeros(num_rows, dtype=numpy.int64)
+        self.said = numpy.zeros((3, num_rows, max_new_tokens))  # tokens, their logprobs and entropies
+        self.forced = numpy.full((num_rows, max_new_tokens), -1)  # −1: sampled
+        self.lengths = numpy.zeros(num_rows, dtype=int)  # 0: not yet ended
 
-    def impose(self, t: int, rows: numpy.ndarray, tokens: Tensor, figures: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts what is forced at position t of the rows in place of tokens (B,), and 0 in that of figures (2, B)."""
+    def write(self, t: int, rows: numpy.ndarray, drawn: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Writes down what was drawn (3, B) for position t of the rows (B,), or forced, and answers their calls.
+        Returns the tokens (B,), and which rows go on (B,)."""
         forced = self.forced[rows, t]
-        if forced.max() < 0:
-            return tokens, figures
-        forced = torch.from_numpy(forced).to(tokens.device)
-        return torch.where(forced >= 0, forced, tokens), figures.masked_fill(forced >= 0, 0.0)
+        drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
+        self.said[:, rows, t] = drawn
+        tokens = drawn[0].astype(int)
+        going = self.lengths[rows] == 0
+        for row in rows[going & (tokens == self.tokenizer.call_end)]:
+            result = self.tokenizer.answer_call(self.said[0, row, : t + 1].astype(int).tolist())
+            rest = self.forced[row, t + 1 :]
+            rest[: len(result)] = result[: len(rest)]
+        ended = numpy.isin(tokens, self.tokenizer.stops) | (t + 1 == self.forced.shape[1])
+        self.lengths[rows[going & ended]] = t + 1
+        return tokens, going & ~ended
 
-    def write(self, t: int, rows: numpy.ndarray, tokens: numpy.ndarray) -> numpy.ndarray:
-        """Writes down tokens (B,) at position t of the rows (B,), and answers their calls. Returns which have
-        ended."""
-        self.tokens[rows, t] = tokens
-        self.lengths[rows] = t + 1
-        for row in rows[tokens == self.tokenizer.call_end]:
-            result = self.tokenizer.answer_call(self.tokens[row, : t + 1].tolist())
-            place = self.forced[row, t + 1 : t + 1 + len(result)]
-            place[:] = result[: len(place)]
-        full = t + 1 == self.tokens.shape[1]
-        return numpy.isin(tokens, self.tokenizer.stops) | full
-
-    def completions(self, figures: Tensor) -> list[Completion]:
-        """All rows, given the logprobs and the entropies (2, B, T) of their tokens."""
-        logprobs, entropy = figures.tolist()
-        columns = self.tokens.tolist(), (self.forced < 0).tolist(), logprobs, entropy, self.lengths.tolist()
+    def completions(self) -> list[Completion]:
+        tokens, logprobs, entropies = self.said
+        columns = (x.tolist() for x in (tokens.astype(int), self.forced < 0, logprobs, entropies, self.lengths))
         return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
 
 
@@ -1084,9 +1049,9 @@ class Sampler:
     has that type already is shared with the model."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.source, self.tokenizer = model, tokenizer
-        with torch.device("meta"):
-            self.model = GPT(model.config, model.dtype)
+        self.source = model
+        self.tokenizer = tokenizer
+        self.model = empty_model(model.config, model.dtype)
         state = {name: x.to(model.dtype) if x.ndim > 1 else x for name, x in model.state_dict().items()}
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
@@ -1098,10 +1063,10 @@ class Sampler:
             if mine.data_ptr() != x.data_ptr():
                 mine.copy_(x)
 
-    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, ...]:
-        """Tokens, logprobs and entropies (B,) after hidden states (B, C)."""
+    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
+        """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
         drawn = [policy.draw(self.model.unembed(h), u) for h, u in pieces(self.model, hidden, uniform)]
-        return tuple(map(torch.cat, zip(*drawn)))
+        return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
     @torch.inference_mode()
     def generate(
@@ -1121,34 +1086,30 @@ class Sampler:
         ones included. `progress` is told after each position how many have ended. All prompts run as one batch.
         Raises ValueError past the model's last position.
         """
-        longest, reach = max(map(len, prompts)) + max_new_tokens, self.model.config.max_positions
+        longest = max(map(len, prompts)) + max_new_tokens
+        reach = self.model.config.max_positions
         if longest > reach:
             raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
-        device, B = self.model.device, len(prompts) * num_samples
         prefix = prefill(self.model, prompts)
         cache = Cache(prefix, num_samples, max_new_tokens)
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
-        stream = streams(seed, range(len(prompts)) if keys is None else keys, num_samples, device)
-        figures = torch.zeros(2, B, max_new_tokens, device=device)  # logprobs and entropies of sampled tokens
-        transcript = Transcript(self.tokenizer, B, max_new_tokens)
-        rows, live, running = torch.arange(B, device=device), numpy.arange(B), numpy.ones(B, dtype=bool)
+        stream = streams(seed, keys or range(len(prompts)), num_samples, hidden.device)
+        rows = numpy.arange(len(hidden))    # those in the cache
+        transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
         for t in range(max_new_tokens):
-            token, *figure = self.draw(hidden, to_uniform(fold(stream, t)), policy)
-            token, figures[:, rows, t] = transcript.impose(t, live, token, torch.stack(figure))
-            said = token.cpu().numpy()      # the one wait for the device
-            ended = transcript.write(t, live[running], said[running])
-            running[running] = ~ended
+            drawn = self.draw(hidden, to_uniform(fold(stream, t)), policy)
+            tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
             if progress:
-                progress(int(ended.sum()))
-            if not running.any():
+                progress(int((transcript.lengths == t + 1).sum()))
+            if not going.any():
                 break
-            if running.sum() <= 0.75 * len(running):
-                index = cache.select(running.nonzero()[0])
-                token, stream, rows = (x.index_select(0, index) for x in (token, stream, rows))
-                live, running = live[running], running[running]
-            hidden = self.model(token.unsqueeze(1), cache).squeeze(1)
-        completions = transcript.completions(figures)
-        return [completions[i : i + num_samples] for i in range(0, B, num_samples)]
+            if going.sum() <= 0.75 * len(rows):
+                stream = stream.index_select(0, cache.select(going.nonzero()[0]))
+                rows = rows[going]
+                tokens = tokens[going]
+            hidden = self.model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
+        completions = transcript.completions()
+        return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
 
 def completion_logprobs(
@@ -1157,30 +1118,25 @@ def completion_logprobs(
     """Logprobs (M,) of the completions' sampled tokens, and the row (M,) of each. The entries of `prefix` are their
     questions. Forced tokens are attended to, but have no logprob. The same in any batch, to rounding."""
     tokens = pad([c.tokens for c in completions], model.device)
-    sampled = pad([c.mask for c in completions], model.device).bool()
-    hidden = torch.cat([prefix.hidden.unsqueeze(1), model(tokens[:, :-1], Cache(prefix))], dim=1)  # (B, T, C)
+    sampled = pad([c.mask for c in completions], model.device)
+    hidden = model(tokens[:, :-1], Cache(prefix))
+    hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
 
     def logprobs(hidden: Tensor, tokens: Tensor) -> Tensor:
         return policy.logprobs(model.unembed(hidden), tokens)
 
     parts = pieces(model, hidden[sampled], tokens[sampled])
-    run = (
-        partial(checkpoint, logprobs, use_reentrant=False) if len(parts) > 1 else logprobs
-    )                                       # logits are made again
+    run = recomputed(logprobs, len(parts) > 1)  # logits are made again
     return torch.cat([run(*part) for part in parts]), sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)                                           # of Hugging Face's folders, besides weights
+FILES = (                                   # of Hugging Face's folders, besides weights
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "chat_template.jinja"
+).split()
 BLOCK = {
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
@@ -1194,17 +1150,15 @@ BLOCK = {
     "mlp.c_gate": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
+KINDS = {"weight": "weight", "bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
 def huggingface_names(n_layer: int) -> dict[str, str]:
-    """GPT's names of parameters -> Hugging Face's, for all that a family here can have."""
+    """GPT's names of parameters -> Hugging Face's and PEFT's, for all that a family here can have."""
     modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-    modules |= {
-        f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}"
-        for i in range(n_layer)
-        for ours, theirs in BLOCK.items()
-    }
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    for i in range(n_layer):
+        modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
+    return {f"{a}.{x}": f"{b}.{y}" for a, b in modules.items() for x, y in KINDS.items()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1216,49 +1170,36 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-class HashedFile:
-    """A file to write to, and the digest of what was written."""
-
-    def __init__(self, file: Any):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+COPY_AGAIN = "copy it here again"
 
 
 def write_file(path: Path, write: Callable) -> str:
     """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            hashed = HashedFile(file)
-            write(hashed)
+        with open(part, "w+b") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return hashed.sha256.hexdigest()
+    return digest
 
 
 def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
     """A file's content, to read from. Its digest is checked against that of its name, or else noted there. Raises
     UserError, naming the file, where it is missing, empty or not as it was written."""
-    try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    with blaming(f"{path} cannot be read", COPY_AGAIN), open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     digest = hashlib.sha256(content).hexdigest()
     if digests.setdefault(path.name, digest) != digest:
-        raise UserError(f"{path} is damaged: it is not what was written")
+        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
     return content
 
 
@@ -1270,86 +1211,41 @@ def seal(meta: dict) -> str:
 
 def checkpoint_steps(directory: str | Path) -> list[int]:
     """The steps that have both a model and a meta file, ascending."""
-    metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in Path(directory).glob("meta_*.json"))
-    return sorted(
-        int(m[1]) for m in metas if m and any(Path(directory, name).exists() for name in (f"model_{m[1]}.pt", m[1]))
-    )
+    names = {path.name for path in Path(directory).glob("*")}
+    metas = (re.fullmatch(r"meta_(\d+)\.json", name) for name in names)
+    return sorted(int(meta[1]) for meta in metas if meta and names & {f"model_{meta[1]}.pt", meta[1]})
 
 
-def find_step(directory: Path, step: int | None) -> int:
-    """That step, or else the last. Raises UserError where it is not there."""
-    steps = checkpoint_steps(directory)
-    if not steps or step not in (None, *steps):
-        raise UserError(
-            f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps)) or 'none'}"
-            if step is not None
-            else f"no checkpoint (model_*.pt with meta_*.json) in {directory}"
-        )
-    return steps[-1] if step is None else step
-
-
-def huggingface_folder(directory: Path, step: int | None) -> Path | None:
-    """Where a checkpoint's files in Hugging Face's format are: the directory itself, or a step's in a run's; None
-    where the checkpoint is nanochat's."""
+def find_checkpoint(directory: Path, step: int | None) -> tuple[Path, int | None]:
+    """Where a checkpoint's weights are, and its step, if only the last: nanochat's model file, or a folder in Hugging
+    Face's format, which is a run's for that step or, of no step, the directory itself. Raises UserError."""
     if (directory / "config.json").exists():
-        return directory
-    folder = directory / f"{find_step(directory, step):06d}"
-    return folder if folder.is_dir() else None
-
-
-def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
-    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
-    folder = huggingface_folder(directory, step)
-    if folder is None:
-        return [directory / f"model_{find_step(directory, step):06d}.pt", find_tokenizer(directory)]
-    return [path for path in (folder / name for name in FILES) if path.exists()] + weight_paths(folder)
-
-
-def load_checkpoint(
-    directory: str | Path,
-    step: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    lora_rank: int = 0,
-    template: str | None = None,
-) -> tuple[GPT, Any, dict]:
-    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
-    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
-    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
-    file, on whatever is missing, broken or foreign."""
-    directory = Path(directory)
-    folder = huggingface_folder(directory, step)
-    meta = {} if folder == directory else load_meta(directory / f"meta_{find_step(directory, step):06d}.json")
-    digests = meta.setdefault("sha256", {})
-    if folder is None:
-        config, state, tokenizer = load_nanochat(directory, find_step(directory, step), meta, device)
-    else:
-        config, state, tokenizer = load_huggingface(folder, digests, device, template)
-        meta["model_config"] = read_json(tokenizer.files, "config.json")
-    try:
-        model = build(replace(config, lora_rank=lora_rank), state, device, dtype)
-    except Exception as error:              # configs and weights that do not belong together
-        path = folder or directory / f"model_{find_step(directory, step):06d}.pt"
-        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
-    return model, tokenizer, meta
+        return directory, None
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise UserError(f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
+    if step not in (None, *steps):
+        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    folder = directory / f"{step:06d}"
+    return folder if folder.is_dir() else directory / f"model_{step:06d}.pt", step
 
 
 def load_meta(path: Path) -> dict:
     """A meta file. Raises UserError, naming it, where it is damaged or none."""
-    try:
+    with blaming(f"{path} is no nanochat meta file", COPY_AGAIN):
         meta = json.loads(path.read_text())
         sound = meta.get("seal", seal(meta)) == seal(meta)
         meta["model_config"]["vocab_size"]
-    except Exception as error:
-        raise UserError(f"{path} is no nanochat meta file: {one_line(error)}") from error
     if not sound:
-        raise UserError(f"{path} is damaged: it is not what was written")
+        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
     return meta
 
 
 def find_tokenizer(directory: Path) -> Path:
     """tokenizer.pkl beside a checkpoint, or two folders up in tokenizer/. Raises UserError where there is none."""
-    beside, above = directory / "tokenizer.pkl", directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
+    beside = directory / "tokenizer.pkl"
+    above = directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
     for path in (beside, above):
         if path.exists():
             return path
@@ -1359,81 +1255,75 @@ def find_tokenizer(directory: Path) -> Path:
 def load_tokenizer(path: Path, digests: dict[str, str]) -> Tokenizer:
     """Raises UserError, naming the file, where it is none of nanochat's."""
     content = read_file(path, digests)
-    try:
-        encoding = PlainUnpickler(content).load()
-        if not isinstance(encoding, tiktoken.Encoding):
-            raise pickle.UnpicklingError(f"it holds a {type(encoding).__name__}")
-        return Tokenizer(encoding)
-    except Exception as error:              # a pickle can be broken in any way there is
-        raise UserError(f"{path} is no nanochat tokenizer ({one_line(error)}); copy tokenizer.pkl again") from error
-
-
-def load_nanochat(
-    directory: Path, step: int, meta: dict, device: str | torch.device
-) -> tuple[Config, dict, Tokenizer]:
-    """A nanochat checkpoint's architecture, weights and tokenizer."""
-    tokenizer = load_tokenizer(find_tokenizer(directory), meta["sha256"])
-    vocab_size, path = meta["model_config"]["vocab_size"], directory / f"model_{step:06d}.pt"
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, meta_{step:06d}.json says {vocab_size}: put the "
-            f"tokenizer that this model was trained with at {directory / 'tokenizer.pkl'}"
-        )
-    content = read_file(path, meta["sha256"])
-    try:
-        state = torch.load(content, map_location=device, weights_only=True)
-        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
-        rows = state["transformer.wte.weight"].shape[0]
-        return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
-    except Exception as error:              # damaged and foreign files fail in many ways
-        raise UserError(f"{path} cannot be loaded: {one_line(error)}") from error
+    with blaming(f"{path} is no nanochat tokenizer", COPY_AGAIN):
+        return Tokenizer(PlainUnpickler(content).load())
 
 
 def detect_generation(state: dict[str, Tensor]) -> str:
-    """The generation of nanochat's model that a state dict belongs to, by its keys."""
-    gate = next((w.shape[1] for key, w in state.items() if key.endswith("ve_gate.weight") and w.ndim == 2), 0)
+    """The generation of nanochat's model that a state dict belongs to, by its keys. Raises ValueError."""
+    gate = next((w.size(1) for key, w in state.items() if key.endswith("ve_gate.weight")), 0)
     for name, fields in GENERATIONS.items():
         if (fields.get("value_gate", 0), "smear" in fields) == (gate, "smear_gate.weight" in state):
             return name
-    raise UserError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
+    raise ValueError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
+
+
+def load_nanochat(path: Path, meta: dict) -> tuple[Config, dict, Tokenizer]:
+    """The architecture, weights and tokenizer of nanochat's model file with that meta."""
+    tokenizer = load_tokenizer(find_tokenizer(path.parent), meta["sha256"])
+    vocab_size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the meta file of {path} says {vocab_size}: put the "
+            f"tokenizer that this model was trained with at {path.parent / 'tokenizer.pkl'}"
+        )
+    state = torch.load(read_file(path, meta["sha256"]), map_location="cpu", weights_only=True)
+    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+    rows = len(state["transformer.wte.weight"])
+    return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards that its index
-    names."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards of its index."""
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
     index = folder / "model.safetensors.index.json"
-    names = read_json({index.name: index.read_bytes()}, index.name).get("weight_map") if index.exists() else {}
-    if not names or not isinstance(names, dict):
-        raise UserError(
-            f"{folder} has no weights: it needs model.safetensors, or shards and their index, {index.name}"
-        )
-    return [folder / name for name in sorted(set(map(str, names.values())))]
+    with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON of shards", "fetch it again"):
+        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        if not names:
+            raise ValueError("it names none")
+        return [folder / name for name in sorted(map(str, names))]
 
 
-def load_huggingface(
-    folder: Path, digests: dict[str, str], device: str | torch.device, template: str | None = None
-) -> tuple[Config, dict, ChatTokenizer]:
+def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
+    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
+    path, _ = find_checkpoint(directory, step)
+    if path.is_dir():
+        return [path / name for name in FILES if (path / name).exists()] + weight_paths(path)
+    return [path, find_tokenizer(directory)]
+
+
+def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> tuple[Config, dict, ChatTokenizer]:
     """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
-    quoted) and tokenizer."""
-    files = {path.name: read_file(path, digests)[:] for path in (folder / name for name in FILES) if path.exists()}
+    quoted) and tokenizer; the meta is told the files' digests and the config.json."""
+    digests = meta["sha256"]
+    files = {name: read_file(folder / name, digests)[:] for name in FILES if (folder / name).exists()}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     try:
         tokenizer = ChatTokenizer(files)
-        config = huggingface_config(read_json(files, "config.json"), tokenizer.vocab_size)
+        meta["model_config"] = read_json(files, "config.json")
+        config = huggingface_config(meta["model_config"], tokenizer.vocab_size)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     check_memory(config)
     names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
     state = {}
     for path in weight_paths(folder):
-        try:
+        with blaming(f"{path} cannot be read", "fetch it again"):
             tensors = safetensors.torch.load(read_file(path, digests)[:])
-        except Exception as error:          # files that are cut short or foreign fail in many ways
-            raise UserError(f"{path} cannot be read ({one_line(error)}): fetch it again") from error
-        state |= {names.get(name, repr(name)): tensor.to(device) for name, tensor in tensors.items()}
+        state |= {names.get(name, repr(name)): tensor for name, tensor in tensors.items()}
     if config.tied and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("transformer.wte.weight", head)):
@@ -1455,38 +1345,50 @@ def check_memory(config: Config) -> None:
         )
 
 
-def empty_model(config: Config, dtype: torch.dtype) -> GPT:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return GPT(config, dtype)
-
-
 def build(config: Config, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to: float32 weights that learn, or, where there are adapters, frozen ones in
-    `dtype`. Raises UserError, naming the key, on one that is none of the config's."""
+    """The model that a state dict belongs to; adapters are zero. Raises ValueError, naming the key, on one that is
+    none of the config's."""
     if config.vocab_rows < config.vocab_size:
-        raise UserError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
+        raise ValueError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
     model = empty_model(config, dtype)
-    expected = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
-    if odd := sorted(expected.keys() ^ state.keys()):
-        raise UserError(
-            f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}: not an architecture known here"
-        )
+    expected = model.state_dict()
+    weights = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
+    if odd := sorted((expected.keys() - weights.keys()) ^ state.keys()):
+        raise ValueError(f"{'unknown' if odd[0] in state else 'missing'} key {odd[0]}")
     for key, tensor in state.items():
-        if tensor.shape != expected[key].shape or not tensor.is_floating_point():
-            raise UserError(
+        x = expected[key]
+        if tensor.shape != x.shape or not tensor.is_floating_point():
+            raise ValueError(
                 f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, and not floating point of shape "
-                f"{tuple(expected[key].shape)}, as the config says"
+                f"{tuple(x.shape)}, as the config says"
             )
-    kept = dtype if config.lora_rank else torch.float32
-    model.load_state_dict({key: tensor.to(kept) for key, tensor in state.items()}, assign=True, strict=False)
-    model.requires_grad_(not config.lora_rank)
-    for name, p in list(model.named_parameters()):
-        if "lora_" in name:
-            module, side = name.rsplit(".", 1)
-            setattr(model.get_submodule(module), side, nn.Parameter(torch.zeros(p.shape, device=device)))
-    model.stored_types = {key: tensor.dtype for key, tensor in state.items()}
+        weights[key] = tensor.to(device, x.dtype)
+        model.stored_types[key] = tensor.dtype
+    model.load_state_dict(weights, assign=True)
     return model
+
+
+def load_checkpoint(
+    directory: str | Path,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
+    template: str | None = None,
+) -> tuple[GPT, Any, dict]:
+    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
+    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
+    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
+    file, on whatever is missing, broken or foreign."""
+    path, step = find_checkpoint(Path(directory), step)
+    meta = {} if step is None else load_meta(Path(directory, f"meta_{step:06d}.json"))
+    meta.setdefault("sha256", {})
+    with blaming(f"{path} cannot be loaded", f"{COPY_AGAIN}, or take a model of an architecture known here"):
+        if path.is_dir():
+            config, state, tokenizer = load_huggingface(path, meta, template)
+        else:
+            config, state, tokenizer = load_nanochat(path, meta)
+        return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
 
 
 @torch.no_grad()
@@ -1501,12 +1403,14 @@ def init_adapters(model: GPT, seed: int) -> None:
 @torch.no_grad()
 def saved_weights(model: GPT) -> dict[str, Tensor]:
     """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
-    state = {key: x for key, x in model.state_dict().items() if "lora_" not in key}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.lora_a is not None:
-            state[name + ".weight"] = module.merged()
-    # copies: a view would be written with all that it is a view of
-    return {key: x.detach().to("cpu", model.stored_types.get(key), copy=True) for key, x in state.items()}
+    adapted = {name + ".weight": x for name, x in model.named_modules() if getattr(x, "lora_a", None) is not None}
+    state = {}
+    for key, x in model.state_dict().items():
+        if "lora_" not in key:
+            x = adapted[key].merged() if key in adapted else x
+            # a copy: a view would be written with all that it is a view of
+            state[key] = x.to("cpu", model.stored_types.get(key), copy=True)
+    return state
 
 
 Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensors that become safetensors
@@ -1515,66 +1419,41 @@ Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensor
 def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
     """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
     bytes (or of one tensor) and their index."""
-    names, shards, room = huggingface_names(config.n_layer), [], 0
-    tensors = {
-        names[key]: tensor.contiguous()
-        for key, tensor in state.items()
-        if not (config.tied and key == "lm_head.weight")
-    }
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        return {"model.safetensors": tensors}
-    files = {f"model-{k:05d}-of-{len(shards):05d}.safetensors": shard for k, shard in enumerate(shards, 1)}
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: file for file, shard in files.items() for name in shard},
-    }
-    return {**files, "model.safetensors.index.json": json.dumps(index, indent=2).encode()}
-
-
-def adapter_files(adapters: dict[str, tuple[Tensor, Tensor]], alpha: int, base: str, config: Config) -> Contents:
-    """PEFT's folder of an adapter, for W + alpha / R · B·A. `adapters`: the name of W -> A (R, in), B (out, R).
-    `base`: the name of the model that it belongs to."""
     names = huggingface_names(config.n_layer)
-    modules = {names[key].removesuffix(".weight"): pair for key, pair in adapters.items()}
-    tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": matrix.contiguous()
-        for module, pair in modules.items()
-        for side, matrix in zip("AB", pair)
-    }
-    rank = len(next(iter(tensors.values())))  # rows of an A
+    tensors = {names[key]: x for key, x in state.items()}
+    split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
+    files = {file: {name: tensors[name] for name in part} for file, part in split.filename_to_tensors.items()}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+    return files
+
+
+def adapter_files(adapters: dict[str, Tensor], base: str, config: Config) -> Contents:
+    """PEFT's folder of the adapters, of their names in GPT, to a model that is found at `base`."""
+    names = huggingface_names(config.n_layer)
+    tensors = {f"base_model.model.{names[key]}": x for key, x in adapters.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({module.split(".")[-1] for module in modules}),
+        "r": config.lora_rank,
+        "lora_alpha": LORA_ALPHA,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
     }
     return {"adapter_config.json": json.dumps(settings, indent=2).encode(), "adapter_model.safetensors": tensors}
 
 
-def checkpoint_contents(step: int, model: GPT, tokenizer: Any) -> dict[str, Any]:
+def checkpoint_contents(step: int, model: GPT, tokenizer: Any, base: str) -> dict[str, Any]:
     """What a checkpoint consists of: names in its folder, and what is to be written there."""
     state = saved_weights(model)
     if isinstance(tokenizer, Tokenizer):
         return {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
     contents = {**tokenizer.files, **weight_files(state, model.config)}
     if model.config.lora_rank:
-        pairs = {
-            name + ".weight": (module.lora_a.detach().cpu(), module.lora_b.detach().cpu())
-            for name, module in model.named_modules()
-            if isinstance(module, Linear) and module.lora_a is not None
-        }
-        adapter = adapter_files(
-            pairs, LORA_ALPHA, read_json(tokenizer.files, "config.json").get("_name_or_path", ""), model.config
-        )
-        contents |= {f"adapter/{name}": content for name, content in adapter.items()}
+        adapters = {key: x.cpu() for key, x in model.state_dict().items() if "lora_" in key}
+        files = adapter_files(adapters, base, model.config)
+        contents |= {f"adapter/{name}": content for name, content in files.items()}
     return {f"{step:06d}/{name}": content for name, content in contents.items()}
 
 
@@ -1592,27 +1471,20 @@ def save_checkpoint(
     """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
     or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
     where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
-    the types that they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
-    directory = Path(directory)
+    the types that they were loaded with; an adapter's base is the path of the meta's `source`. Raises OSError, leaving
+    earlier checkpoints as they were."""
     meta = {**meta, "step": step, "sha256": {}}
-
-    def write(name: str, content: Any) -> None:
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        meta["sha256"][path.name] = write_file(path, partial(write_content, content))
-
-    def write_meta() -> None:
-        meta["seal"] = seal(meta)
-        write_file(
-            directory / f"meta_{step:06d}.json", lambda file: file.write(json.dumps(meta, indent=2).encode())
-        )
-
-    for name, content in checkpoint_contents(step, model, tokenizer).items():
-        write(name, content)
-    write_meta()
+    parts = [checkpoint_contents(step, model, tokenizer, meta.get("source", {}).get("path", ""))]
     if training is not None:
-        write(f"optim_{step:06d}.pt", partial(torch.save, training))
-        write_meta()
+        parts.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
+    for part in parts:
+        for name, content in part.items():
+            path = Path(directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            meta["sha256"][path.name] = write_file(path, partial(write_content, content))
+        meta["seal"] = seal(meta)
+        text = json.dumps(meta, indent=2).encode()
+        write_file(Path(directory, f"meta_{step:06d}.json"), partial(write_content, text))
 
 
 def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
@@ -1629,14 +1501,9 @@ def find_hub_folder(name: str) -> Path:
     """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
     can be fetched, or is there in part."""
     mend = "fetch it elsewhere and give its folder to --model-tag"
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=[*FILES, "*.safetensors", "*.index.json"])
-        )
-    except Exception as error:              # networks fail in many ways
-        raise UserError(
-            f"{name} is no folder and cannot be had from the hub: {mend} ({one_line(error)})"
-        ) from error
+    wanted = [*FILES, "*.safetensors", "*.index.json"]
+    with blaming(f"{name} is no folder and cannot be had from the hub", mend):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     for path in folder.iterdir():
         if not path.exists():
             raise UserError(f"the cached {name} is incomplete, {path} is missing: go online, or {mend}")
@@ -1676,11 +1543,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024): Nesterov momentum 0.95, update scaled by √max(1, rows / columns).
     All matrices of one shape are a parameter group and run as one batch."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
+    def __init__(self, params: list[nn.Parameter], lr: float):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": momentum})
+        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -1709,26 +1576,25 @@ def make_optimizers(
     embedding for norms and biases. The weight decay is that of the embedding and the unembedding."""
     nanochat = not model.config.norm_weights
     scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
-    table = [
-        ("lm_head", unembedding_lr * scale, (0.8, 0.96), weight_decay),
-        ("transformer.wte", embedding_lr * scale, (0.8, 0.995), weight_decay),
-        ("value_embeds", embedding_lr * scale / 2, (0.8, 0.995), 0.0),
-        ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
-        ("x0_lambdas", 0.5, (0.96, 0.95), 0.0),
-        ("transformer.h", matrix_lr, (0.9, 0.95), 0.0),
-        ("", 0.2 if nanochat else embedding_lr, (0.8, 0.95), 0.0),
-    ]                                       # smear, backout, the last norm
-    groups = {prefix: [] for prefix, *_ in table}
+
+    def group(lr: float, *betas: float, decay: float = 0.0) -> dict:
+        return {"params": [], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
+
+    groups = {
+        "lm_head": group(unembedding_lr * scale, 0.8, 0.96, decay=weight_decay),
+        "transformer.wte": group(embedding_lr * scale, 0.8, 0.995, decay=weight_decay),
+        "value_embeds": group(embedding_lr * scale / 2, 0.8, 0.995),
+        "resid_lambdas": group(0.005, 0.8, 0.95),
+        "x0_lambdas": group(0.5, 0.96, 0.95),
+        "transformer.h": group(matrix_lr, 0.9, 0.95),
+        "": group(0.2 if nanochat else embedding_lr, 0.8, 0.95),  # smear, backout, the last norm
+    }
     for name, p in model.named_parameters():
         if p.requires_grad:
             key = next(prefix for prefix in groups if name.startswith(prefix))
-            groups["" if key == "transformer.h" and p.ndim < 2 else key].append(p)
-    matrices = groups.pop("transformer.h") if matrix_optimizer == "muon" else []
-    adamw = [
-        {"params": groups[prefix], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
-        for prefix, lr, betas, decay in table
-        if groups.get(prefix)
-    ]
+            groups["" if key == "transformer.h" and p.ndim < 2 else key]["params"].append(p)
+    matrices = groups.pop("transformer.h")["params"] if matrix_optimizer == "muon" else []
+    adamw = [group for group in groups.values() if group["params"]]
     optimizers = [torch.optim.AdamW(adamw, eps=1e-10 if nanochat else 1e-8)] if adamw else []
     return optimizers + ([Muon(matrices, matrix_lr)] if matrices else [])
 
@@ -1741,7 +1607,8 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     gradient = torch.zeros_like(weights)
     sizes = [p.numel() for p in params]
     for p, x, g in zip(params, weights.split(sizes), gradient.split(sizes)):
-        p.data, p.grad = x.view_as(p), g.view_as(p)
+        p.data = x.view_as(p)
+        p.grad = g.view_as(p)
     return weights, gradient
 
 
@@ -1755,16 +1622,9 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) ->
 
 def share_model(model: GPT | None, ranks: Ranks) -> GPT:
     """Rank 0's model on every rank."""
-    shape = ranks.share((model.config, model.dtype, model.recompute) if model else None)
-    if model is None:
-        config, dtype, recompute = shape
-        model = empty_model(config, dtype)
-        model.recompute = recompute
-        if config.lora_rank:
-            for name, p in model.named_parameters():
-                if "lora_" not in name:
-                    p.requires_grad_(False).data = p.data.to(dtype)
-        model.to_empty(device=ranks.device)
+    config, dtype, recompute = ranks.share(model and (model.config, model.dtype, model.recompute))
+    model = model or empty_model(config, dtype).to_empty(device=ranks.device)
+    model.recompute = recompute
     for p in model.parameters():
         ranks.broadcast(p.data)
     return model

@@ -67,14 +67,14 @@ def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> No
     for prompt in prompts:
         for _ in range(0, N, rows):
             prefix = gpt.prefill(model, [prompt])
-            model.logits(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
+            model.unembed(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
             cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
-            logits = model.logits(prefix.hidden).expand(rows, -1)
+            logits = model.unembed(prefix.hidden).expand(rows, -1)
             for _ in range(NEW):
                 values, ids = logits.topk(50)
                 token = ids.gather(1, torch.multinomial(values.softmax(dim=-1), 1))
                 token.tolist()
-                logits = model.logits(model(token, cache)[:, 0])
+                logits = model.unembed(model(token, cache)[:, 0])
 
 
 def matmul_flops(model: gpt.GPT) -> int:

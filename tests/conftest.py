@@ -57,6 +57,11 @@ def policy_of(model: gpt.GPT, temperature: float = 1.0, top_k: int = 50) -> gpt.
     return gpt.Policy(temperature, top_k, model.config.softcap)
 
 
+def logits_of(model: gpt.GPT, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states (..., C) -> softcapped logits (..., V)."""
+    return policy_of(model).scores(model.unembed(hidden))
+
+
 def generate(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], num_samples: int, max_new_tokens: int,
              temperature: float = 1.0, top_k: int = 50, **more) -> list[list[gpt.Completion]]:
     """Samples with a sampler of its own."""

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import tiktoken
 import torch
-from conftest import SHAPE, SHARED, chat, generate, policy_of, sign, tiny_config, tiny_model
+from conftest import SHAPE, SHARED, chat, generate, logits_of, policy_of, sign, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,9 +56,9 @@ def test_logits_are_nanochats(nanochat, chunk):
             prefix, n = gpt.prefill(model, [prompt]), len(prompt)
             cache, rest = gpt.Cache(prefix, 1, len(full) - n), torch.tensor([full[n:]])
             parts = [model(rest[:, i:i + chunk], cache) for i in range(0, len(full) - n, chunk)]
-            mine, first = model.logits(torch.cat([prefix.hidden[:, None], *parts], dim=1))[0], n - 1
+            mine, first = logits_of(model, torch.cat([prefix.hidden[:, None], *parts], dim=1))[0], n - 1
         else:
-            mine, first = model.logits(model(torch.tensor([full])))[0], 0
+            mine, first = logits_of(model, model(torch.tensor([full])))[0], 0
         torch.testing.assert_close(mine[-len(logits):], logits, rtol=0, atol=1e-4)
         taken = mine[:-1].log_softmax(dim=-1).gather(1, torch.tensor(full[first + 1:])[:, None])[:, 0]
         torch.testing.assert_close(taken, logprobs[first:], rtol=0, atol=1e-4)
@@ -100,7 +100,7 @@ def test_logits_of_padded_tables():
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight *= 1000
-    logits = model.logits(model(torch.tensor([[1, 2, 3]])))
+    logits = logits_of(model, model(torch.tensor([[1, 2, 3]])))
     assert logits.shape == (1, 3, 265) and model.lm_head.weight.shape == (320, 64)
     assert logits.dtype == torch.float32 and 14 < logits.abs().max() <= 15
 
@@ -115,7 +115,7 @@ def test_bfloat16_arithmetic_leaves_float32_weights(tokenizer):
     assert torch.equal(hidden, sampler.model(ids))
     assert [len(group) for group in generate(model, tokenizer, random_prompts(), 2, 4)] == [2, 2, 2]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.logits(hidden).dtype == torch.float32
+    assert logits_of(model, hidden).dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_policy_logprobs_without_truncation_are_the_plain_softmax():
     model, ids = tiny_model(), torch.tensor(random_prompts((30,)))
     hidden = model(ids)[:, :-1]
     mine = policy_of(model, 1.0, 0).logprobs(model.unembed(hidden), ids[:, 1:])
-    plain = model.logits(hidden).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    plain = logits_of(model, hidden).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(mine, plain, rtol=0, atol=1e-6)
 
 
@@ -542,7 +542,7 @@ def test_checkpoint_with_unpadded_tables(tmp_path):
     gpt.save_checkpoint(tmp_path, 7, model, chat_rl.byte_tokenizer(), {"model_config": SHAPE})
     model, _, meta = gpt.load_checkpoint(tmp_path)
     assert model.lm_head.weight.shape == (265, 64) and meta["model_config"] == SHAPE
-    assert model.logits(model(torch.tensor([[264]]))).shape == (1, 1, 265)
+    assert logits_of(model, model(torch.tensor([[264]]))).shape == (1, 1, 265)
 
 
 def test_tokenizer_beside_or_two_folders_up(tmp_path):

@@ -25,7 +25,7 @@ WINDOWED = {"sequence_len": 144, "vocab_size": 265, "n_layer": 4, "n_head": 4, "
 def logits_of(model: gpt.GPT, ids: list[int]) -> Tensor:
     """(T, V) in float32."""
     with torch.no_grad():
-        return model.logits(model(torch.tensor([ids])))[0]
+        return gpt.Policy(softcap=model.config.softcap).scores(model.unembed(model(torch.tensor([ids]))))[0]
 
 
 def draw(logits: Tensor, uniform: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
