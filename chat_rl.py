@@ -310,7 +310,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
     """
     log_ratios = [torch.zeros(0, device=model.device)]
     for part in batched([group for group in groups if group.lessons()], size):
-        prefix = gpt.prefill(model, [group.prompt for group in part])
+        prefix = gpt.prefix_of(model, [group.prompt for group in part])
         leaves = prefix.leaves()
         rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.lessons()]
         rows.sort(key=lambda row: len(row[1].tokens))
@@ -728,7 +728,8 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
     order as nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
     import datasets
 
-    try:
+    files = "a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
+    with gpt.blaming(f"cannot load {place}", f"pass --data {files}"):
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if Path(place).is_file():
@@ -736,11 +737,6 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
         else:
             splits = datasets.load_dataset(place, "main" if place == "openai/gsm8k" else config)
         rows = {name: [{**row, "row": i} for i, row in enumerate(split)] for name, split in splits.items()}
-    except Exception as error:              # whatever datasets, its file readers and the network raise
-        raise UserError(
-            f"cannot load {place} ({gpt.one_line(error.__cause__ or error)}): pass --data a local folder that holds "
-            "its train and test files, such as train.jsonl and test.jsonl"
-        ) from error
     if "test" in rows:
         order = numpy.random.default_rng(42).permutation(len(rows["test"]))  # what Dataset.shuffle(seed=42) does
         rows["test"] = [rows["test"][i] for i in order]
@@ -796,11 +792,10 @@ def checked_messages(value: Any, place: str, last: str) -> list[dict]:
 
 
 def read_text(name: str, flags: Flags) -> str | None:
-    """The text of the file that a flag names. Raises UserError."""
-    try:
-        return Path(getattr(flags, name)).read_text() if getattr(flags, name) else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option(name)} {getattr(flags, name)} cannot be read: {gpt.one_line(error)}") from error
+    """The text of the file that a flag names, if it is given. Raises UserError."""
+    path = getattr(flags, name)
+    with gpt.blaming(f"{option(name)} {path} cannot be read", "give a text file"):
+        return Path(path).read_text() if path else None
 
 
 def parsed(text: str) -> Any:
@@ -1137,12 +1132,12 @@ def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
 
 
 def make_starter(folder: Path) -> None:
-    """Makes a tiny GPT, teaches it to add every other time, and saves it as an SFT checkpoint."""
+    """Makes a tiny GPT, teaches it to add six times in ten, and saves it as an SFT checkpoint."""
     tokenizer = byte_tokenizer()
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     examples = load_examples(TASKS["arithmetic"], make_sums()["train"], "arithmetic")
-    steps = teach(model, tokenizer, examples, goal=0.55, size=128, optimizers=gpt.make_optimizers(model))
+    steps = teach(model, tokenizer, examples, goal=0.6, size=128, optimizers=gpt.make_optimizers(model))
     gpt.save_checkpoint(folder, steps, model, tokenizer, {"model_config": shape})
 
 
@@ -1173,9 +1168,9 @@ PRESETS = {
         max_new_tokens=8,
         rollout_batch_size=2048,
         device_batch_size=64,
-        embedding_lr=1.0,
-        unembedding_lr=0.2,
-        matrix_lr=0.25,
+        embedding_lr=1.4,
+        unembedding_lr=0.28,
+        matrix_lr=0.35,
         eval_every=20,
         save_every=20,
     ),
@@ -1287,7 +1282,7 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     UserError."""
     tags = {path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"}
     if source == base / "chatsft_checkpoints" / "starter" and not gpt.checkpoint_steps(source):
-        say(f"no checkpoint in {base}: making the starter, a tiny GPT that adds right half the time; --model-tag names "
+        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag names "
             "another one")
         make_starter(source)
     elif not source.is_dir():

@@ -9,11 +9,13 @@ Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens,
 heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
 
+import ast
 import hashlib
 import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -705,7 +707,7 @@ def pad(sequences: list[list], device: torch.device) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
 
 
-def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
+def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
     """Runs the prompts, each once."""
     cache = Cache()
     lengths = torch.tensor([len(p) for p in prompts], device=model.device)
@@ -718,28 +720,43 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-COUNT = re.compile(r"""(['"])((?:(?!\1).)*)\1 *\.count\( *(['"])((?:(?!\3).)*)\3 *\)""")  # 'text'.count('part')
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg,
+}
+
+
+def value_of(node: ast.AST) -> int | float:
+    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError on any other syntax."""
+    match node:
+        case ast.Constant(int() | float() as value):
+            return value
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](value_of(left), value_of(right))
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](value_of(operand))
+        case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
+            return text.count(part)
+    raise TypeError(f"not arithmetic: {type(node).__name__}")
 
 
 def calculate(expression: str) -> str | None:
     """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
     nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
-    if len(expression) > 200:
-        return None
-    if re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression):
-        expression = COUNT.sub(lambda match: f"({match[2].count(match[4])})", expression)
-    if "**" in expression or not re.fullmatch(r"[0-9+\-*/.() ]+", expression):
+    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
+    counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
+    if len(expression) > 200 or not (arithmetic or counting):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
-            value = eval(expression)        # of digits and operators alone, which can name nothing
+            value = value_of(ast.parse(expression, mode="eval").body)
         if not math.isfinite(value):
             return None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
-        return str(value)
+        return str(int(value))
     text = format(Decimal(f"{value:.10g}"), "f")
     return "0" if text == "-0" else text
 
@@ -1090,7 +1107,7 @@ class Sampler:
         reach = self.model.config.max_positions
         if longest > reach:
             raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
-        prefix = prefill(self.model, prompts)
+        prefix = prefix_of(self.model, prompts)
         cache = Cache(prefix, num_samples, max_new_tokens)
         hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
         stream = streams(seed, keys or range(len(prompts)), num_samples, hidden.device)
@@ -1173,23 +1190,36 @@ class PlainUnpickler(pickle.Unpickler):
 COPY_AGAIN = "copy it here again"
 
 
+class HashedFile:
+    """A file to write to, and the digest of what was written."""
+
+    def __init__(self, file: Any):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write_file(path: Path, write: Callable) -> str:
     """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "w+b") as file:
-            write(file)
+        with open(part, "wb") as file:
+            hashed = HashedFile(file)
+            write(hashed)
             file.flush()
             os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    return digest
+    return hashed.sha256.hexdigest()
 
 
 def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:

@@ -66,7 +66,7 @@ def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> No
     device = model.device
     for prompt in prompts:
         for _ in range(0, N, rows):
-            prefix = gpt.prefill(model, [prompt])
+            prefix = gpt.prefix_of(model, [prompt])
             model.unembed(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
             cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
             logits = model.unembed(prefix.hidden).expand(rows, -1)

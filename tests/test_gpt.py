@@ -53,7 +53,7 @@ def test_logits_are_nanochats(nanochat, chunk):
     model, _, reference = nanochat
     for prompt, full, logits, logprobs in zip(*(reference[key] for key in ("prompts", "full", "logits", "logp"))):
         if chunk:
-            prefix, n = gpt.prefill(model, [prompt]), len(prompt)
+            prefix, n = gpt.prefix_of(model, [prompt]), len(prompt)
             cache, rest = gpt.Cache(prefix, 1, len(full) - n), torch.tensor([full[n:]])
             parts = [model(rest[:, i:i + chunk], cache) for i in range(0, len(full) - n, chunk)]
             mine, first = logits_of(model, torch.cat([prefix.hidden[:, None], *parts], dim=1))[0], n - 1
@@ -82,7 +82,7 @@ def test_cache_with_groups_and_dropped_rows(generation):
     for drops in ([[1, 5, 8, 11], [0, 1, 2], [0, 1, 2, 3]],                   # some; a whole group; all but one
                   [[4, 5, 6, 7], [], [7, 6], [0, 2, 4], [0], [1]]):           # the middle group first, then one by one
         rows = [list(prompt) for prompt in random_prompts() for _ in range(4)]
-        cache = gpt.Cache(gpt.prefill(model, random_prompts()), 4, 30)
+        cache = gpt.Cache(gpt.prefix_of(model, random_prompts()), 4, 30)
         for size, drop in zip([1, 4, 1, 6, 2, 9], [*drops, []]):
             ids = torch.randint(256, (len(rows), size), generator=generator)
             hidden = model(ids, cache)

@@ -599,7 +599,7 @@ def cached_logits(model: gpt.GPT, ids: list[int]) -> torch.Tensor:
     """Those of all positions but the first few, in the three ways that the cache is used: a question and a whole completion
     that learns, and, in a cache with room for three rows of two questions, token by token."""
     cut = max(len(ids) // 2, 1)
-    prefix = gpt.prefill(model, [ids[:cut], ids[:cut // 2 + 1]])
+    prefix = gpt.prefix_of(model, [ids[:cut], ids[:cut // 2 + 1]])
     whole = torch.cat([prefix.hidden[:1, None], model(torch.tensor([ids[cut:]]), gpt.Cache(prefix.rows(torch.tensor([0]))))], 1)[0]
     cache, steps = gpt.Cache(prefix, 3, len(ids)), [prefix.hidden[0]]
     for token in ids[cut:]:
