@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, SMALL, chat, generate, metrics, policy_of, run, tiny_model, weights
-from test_run import main, samples, untimed
+from conftest import SHAPE, SMALL, chat, generate, main, metrics, policy_of, run, tiny_model, untimed, weights
+from test_run import samples
 
 import chat_rl
 import gpt
@@ -213,7 +213,7 @@ def test_step_on_ranks_and_batches(base):
         shutil.copytree(folder / "adder", folder / tag)
     script = base / "several.py"
     script.write_text(SEVERAL)
-    run(base, *STEP, ranks=2, script=script, ROOT=str(ROOT))
+    run(base, *STEP, ranks=2, script=script)
     for size in (1, 8):
         assert main(base, *STEP, f"--model-tag=ranks1-{size}", f"--device-batch-size={size}") == 0
     (before, line, _), whole = metrics(base, tags[0]), step_of(base, tags[0])
