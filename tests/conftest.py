@@ -109,8 +109,8 @@ PLOT, DRAW = chat_rl.Log.plot, matplotlib.figure.Figure.savefig
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures() -> Iterator[None]:
-    """Drawing curve.png takes longer than a short run: here it is left out, and in a fork it is laid out but not drawn, unless a
-    test takes `pictures`."""
+    """Drawing curve.png takes longer than a short run: here it is left out, and in a fork it is laid out but not drawn,
+    unless a test takes `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_rl.Log, "plot", lambda log: (log.out / "curve.png").write_bytes(b"a picture"))
         patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
@@ -184,10 +184,11 @@ def main(base: Path, *flags: str) -> int:
 
 
 class Fork:
-    """A script as a program in a process of its own, with the methods of Popen's that are needed. It is a fork of this one,
-    where torch has been imported; chat_rl and gpt it imports anew."""
+    """A script as a program in a process of its own, with the methods of Popen's that are needed. It is a fork of this
+    one, where torch has been imported; chat_rl and gpt it imports anew."""
 
     def __init__(self, base: Path, script: Path, flags: tuple, out: int, error: int, **more: str):
+        import torch._dynamo  # noqa: F401              # the first optimizer does, for seconds
         self.returncode, self.pid = None, os.fork()
         if not self.pid:
             become(script, [*map(str, flags)], base, environment(base, **more), out, error)
@@ -224,7 +225,8 @@ def become(script: Path, flags: list[str], folder: Path, variables: dict, out: i
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, error)):
             os.dup2(file, number)
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
-            open(number, mode, 1 if number == 2 else -1, encoding="utf-8", closefd=False) for number, mode in enumerate("rww")]
+            open(number, mode, buffering, encoding="utf-8", closefd=False)
+            for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(variables)
@@ -249,11 +251,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def forks(base: Path, flags: tuple, ranks: int, script: Path, out: int, error: int, **more: str) -> Iterator[list[Fork]]:
+def forks(base: Path, flags: tuple, ranks: int, script: Path, out: int, error: int,
+          **more: str) -> Iterator[list[Fork]]:
     """A process for each rank, or one without any. In the end none of them is left."""
     places = [{}]
     if ranks:
-        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks),
+                      LOCAL_WORLD_SIZE=str(ranks))
         places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
     processes = [Fork(base, script, flags, out, error, **place, **more) for place in places]
     try:
@@ -266,8 +270,8 @@ def forks(base: Path, flags: tuple, ranks: int, script: Path, out: int, error: i
 
 def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py", status: int | None = 0,
         **more: str) -> subprocess.CompletedProcess:
-    """Runs chat_rl.py, or another script, to its end in a fork, or in one for each rank, and checks the exit status (None:
-    any). That of ranks is the one furthest from 0, and what they print comes mixed."""
+    """Runs chat_rl.py, or another script, to its end in a fork, or in one for each rank, and checks the exit status
+    (None: any). That of ranks is the one furthest from 0, and what they print comes mixed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         with forks(base, flags, ranks, script, out.fileno(), error.fileno(), **more) as processes:
             statuses = [process.wait(300) for process in processes]
@@ -279,8 +283,8 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
 
 def run_alone(base: Path, *flags: str, status: int = 0, **more: str) -> subprocess.CompletedProcess:
     """Runs chat_rl.py to its end as a user does, with an interpreter of its own."""
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *map(str, flags)], env=environment(base, **more), cwd=base,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *map(str, flags)], env=environment(base, **more),
+                          cwd=base, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -297,7 +301,8 @@ def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.00
 @contextmanager
 def started(base: Path, *flags: str, script: Path = ROOT / "chat_rl.py", **more: str) -> Iterator[Fork]:
     """A process of chat_rl.py, which prints to out.txt. In the end it is not left."""
-    with open(base / "out.txt", "w") as file, forks(base, flags, 0, script, file.fileno(), file.fileno(), **more) as processes:
+    with (open(base / "out.txt", "w") as file,
+          forks(base, flags, 0, script, file.fileno(), file.fileno(), **more) as processes):
         yield processes[0]
 
 
@@ -356,7 +361,8 @@ def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = 12)
 def assert_readable(base: Path, tag: str = "adder") -> None:
     """metrics.jsonl and samples are JSON to their end, and curve.png is a picture."""
     for path in (out(base, tag) / "metrics.jsonl", *out(base, tag).glob("samples_*.jsonl")):
-        assert path.read_text().endswith("\n") and [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+        text = path.read_text()
+        assert text.endswith("\n") and [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     picture = (out(base, tag) / "curve.png").read_bytes()
     assert picture == b"a picture" or matplotlib.image.imread(io.BytesIO(picture)).std() > 0
 

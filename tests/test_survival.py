@@ -1,4 +1,4 @@
-"""What happens to long runs: signals, kills, full disks, damaged and hostile files, lost ranks. All of it to real processes.
+"""What happens to long runs: signals, kills, full disks, damaged and hostile files. All of it to real processes.
 
     CHAT_RL_SOAK=1 python -m pytest tests/test_survival.py -k soak        # the long one: 20 kills
 """
@@ -349,11 +349,12 @@ def test_no_pickle_runs_code(finished, wholes, tmp_path):
 # Numbers and texts
 
 
-def test_steps_that_are_not_finite(base, tmp_path):
+def test_steps_that_are_not_finite(base, pictures):
     """One is left out and said, and the run goes on; five in a row end it with status 1, and nothing more is saved."""
     script = base / "trouble.py"
     script.write_text(TROUBLE)
-    said = run(base, *RUN, script=script, KIND="nan", STEPS="4 6").stdout
+    flags = [*RUN, "--eval-every=100"]
+    said = run(base, *flags, script=script, KIND="nan", STEPS="4 6").stdout
     assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == ["4/12", "6/12"]
     for before, after, same in ((4, 5, True), (5, 6, False), (6, 7, True)):
         one, two = weights(base, before), weights(base, after)
@@ -361,7 +362,7 @@ def test_steps_that_are_not_finite(base, tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights(base, STEPS).values())
     assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (4, 6) for step in range(STEPS)]
     assert_readable(base)
-    done = run(base, *RUN, "--save-every=2", script=script, status=1, KIND="inf", STEPS="1 2 3 4 5 6 7")
+    done = run(base, *flags, "--save-every=2", script=script, status=1, KIND="inf", STEPS="1 2 3 4 5 6 7")
     one_line(done.stdout + done.stderr, "not finite", "--resume")
     assert gpt.checkpoint_steps(out(base)) == [2, 4]
     first, last = weights(base, 2), weights(base, 4)

@@ -173,7 +173,7 @@ def test_gap_is_measured(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # A step of a real run
 
-STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=9", "--eval-samples=2",
+STEP = [*SMALL, "--max-steps=1", "--examples-per-step=12", "--num-samples=12", "--eval-examples=9", "--eval-samples=2",
         "--init-lr-frac=0.5"]
 SEVERAL = """
 import os, sys
