@@ -21,6 +21,7 @@ from typing import Any, Callable, Iterator, NoReturn
 
 if "CHAT_RL_GPU" not in os.environ:  # these tests are the CPU's; set it to run them with the machine's GPUs in sight
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"   # read when the hub's client is imported, by whichever test is first
 
 import matplotlib.figure  # noqa: E402
 import matplotlib.image  # noqa: E402
@@ -158,8 +159,7 @@ def base(adder_base, tmp_path) -> Path:
 
 
 def environment(base: Path, **more: str) -> dict:
-    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            "ROOT": str(ROOT), **more}
+    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "ROOT": str(ROOT), **more}
 
 
 @contextmanager

@@ -34,7 +34,6 @@ def datasets_cache(tmp_path_factory):
     """Keeps what `datasets` caches out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 
