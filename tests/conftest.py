@@ -1,16 +1,30 @@
 """What the tests share: tiny real checkpoints, and real processes to run them in."""
+import fcntl
 import hashlib
+import io
 import json
 import os
+import re
+import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn
 
 if "CHAT_RL_GPU" not in os.environ:  # these tests are the CPU's; set it to run them with the machine's GPUs in sight
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"   # read when the hub's client is imported, by whichever test is first
 
+import matplotlib.figure  # noqa: E402
+import matplotlib.image  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -69,6 +83,16 @@ def generate(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]],
     return gpt.Sampler(model, tokenizer).generate(prompts, num_samples, max_new_tokens, policy, **more)
 
 
+class Touch:
+    """Makes a file when it is unpickled by a careless unpickler."""
+
+    def __init__(self, path: Path, call: Callable = os.system):
+        self.path, self.call = path, call
+
+    def __reduce__(self):
+        return self.call, (f"touch {self.path}",) if self.call is os.system else (f"open({str(self.path)!r}, 'w')",)
+
+
 def sign(folder: Path, step: int, digests: bool = True) -> None:
     """Makes a meta file's digests those of the files that are there, or takes them away."""
     path = folder / f"meta_{step:06d}.json"
@@ -86,17 +110,47 @@ def tokenizer() -> gpt.Tokenizer:
     return chat_rl.byte_tokenizer()
 
 
+PLOT, DRAW = chat_rl.Log.plot, matplotlib.figure.Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Drawing curve.png takes longer than a short run: here it is left out, and in a fork it is laid out but not drawn,
+    unless a test takes `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_rl.Log, "plot", lambda log: (log.out / "curve.png").write_bytes(b"a picture"))
+        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch) -> None:
+    """curve.png is drawn."""
+    monkeypatch.setattr(chat_rl.Log, "plot", PLOT)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", DRAW)
+
+
 @pytest.fixture(scope="session")
 def adder_base(tmp_path_factory) -> Path:
-    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn. Do not write
-    into it: take `base`."""
-    base, tokenizer, task = tmp_path_factory.mktemp("adder"), chat_rl.byte_tokenizer(), chat_rl.TASKS["arithmetic"]
+    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn: taught once,
+    by the worker that comes first. Do not write into it: take `base`."""
+    many = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp().parent / "adder" if many else tmp_path_factory.mktemp("adder")
+    folder = base / "chatsft_checkpoints" / "adder"
+    with open(base.with_name("adder.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            teach_adder(folder)
+    return base
+
+
+def teach_adder(folder: Path) -> None:
+    tokenizer, task = chat_rl.byte_tokenizer(), chat_rl.TASKS["arithmetic"]
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
     examples = chat_rl.load_examples(task, chat_rl.make_sums()["train"], "arithmetic")
     chat_rl.teach(model, tokenizer, examples, goal=0.2, size=64, optimizers=gpt.make_optimizers(model))
-    gpt.save_checkpoint(base / "chatsft_checkpoints" / "adder", 150, model, tokenizer, {"model_config": shape})
-    return base
+    gpt.save_checkpoint(folder, 150, model, tokenizer, {"model_config": shape})
 
 
 @pytest.fixture
@@ -105,23 +159,185 @@ def base(adder_base, tmp_path) -> Path:
     return Path(shutil.copytree(adder_base, tmp_path / "base"))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
 def environment(base: Path, **more: str) -> dict:
-    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "ROOT": str(ROOT), **more}
 
 
-def command(*flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py") -> list[str]:
-    """The command line of a run; under torchrun where ranks are given."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, str(script), *map(str, flags)]
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Undoes what a run does to the handlers of signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl in this process; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch, signals_kept():
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        try:
+            return chat_rl.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            return end.code
+
+
+class Fork:
+    """A script as a program in a process of its own, with the methods of Popen's that are needed. It is a fork of this
+    one, where torch has been imported; chat_rl and gpt it imports anew."""
+
+    def __init__(self, base: Path, script: Path, flags: tuple, out: int, error: int, **more: str):
+        import torch._dynamo  # noqa: F401              # the first optimizer does, for seconds
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            become(script, [*map(str, flags)], base, environment(base, **more), out, error)
+
+    def poll(self) -> int | None:
+        return self.ended(os.WNOHANG)
+
+    def ended(self, options: int) -> int | None:
+        if self.returncode is None and (found := os.waitpid(self.pid, options))[0]:
+            self.returncode = os.waitstatus_to_exitcode(found[1])
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a fork", seconds)
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def become(script: Path, flags: list[str], folder: Path, variables: dict, out: int, error: int) -> NoReturn:
+    """Makes of this process, a fork, one that has been started with a script."""
+    status = 1
+    try:
+        os.chdir(folder)
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, error)):
+            os.dup2(file, number)
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
+            open(number, mode, buffering, encoding="utf-8", closefd=False)
+            for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.argv, sys.path[:0] = [str(script), *flags], [str(script.parent)]
+        for name in ("chat_rl", "gpt"):
+            sys.modules.pop(name, None)
+        runpy.run_path(str(script), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def forks(base: Path, flags: tuple, ranks: int, script: Path, out: int, error: int,
+          **more: str) -> Iterator[list[Fork]]:
+    """A process for each rank, or one without any. In the end none of them is left."""
+    places = [{}]
+    if ranks:
+        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks),
+                      LOCAL_WORLD_SIZE=str(ranks))
+        places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+    processes = [Fork(base, script, flags, out, error, **place, **more) for place in places]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.ended(0)
 
 
 def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py", status: int | None = 0,
         **more: str) -> subprocess.CompletedProcess:
-    """Runs chat_rl.py to its end and checks the exit status (None: any)."""
-    done = subprocess.run(command(*flags, ranks=ranks, script=script), env=environment(base, **more), cwd=base,
-                          capture_output=True, text=True, timeout=300)
+    """Runs chat_rl.py, or another script, to its end in a fork, or in one for each rank, and checks the exit status
+    (None: any). That of ranks is the one furthest from 0, and what they print comes mixed."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        with forks(base, flags, ranks, script, out.fileno(), error.fileno(), **more) as processes:
+            statuses = [process.wait(300) for process in processes]
+        texts = [os.pread(file.fileno(), 10 ** 7, 0).decode() for file in (out, error)]
+    done = subprocess.CompletedProcess([str(script), *flags], max(statuses, key=abs), *texts)
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def run_alone(base: Path, *flags: str, status: int = 0, **more: str) -> subprocess.CompletedProcess:
+    """Runs chat_rl.py to its end as a user does, with an interpreter of its own."""
+    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *map(str, flags)], env=environment(base, **more),
+                          cwd=base, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.005) -> Any:
+    """The first true value of condition(), asked again and again; fails after that many seconds."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(pause)
+    return value
+
+
+@contextmanager
+def started(base: Path, *flags: str, script: Path = ROOT / "chat_rl.py", **more: str) -> Iterator[Fork]:
+    """A process of chat_rl.py, which prints to out.txt. In the end it is not left."""
+    with (open(base / "out.txt", "w") as file,
+          forks(base, flags, 0, script, file.fileno(), file.fileno(), **more) as processes):
+        yield processes[0]
+
+
+def output(base: Path) -> str:
+    return (base / "out.txt").read_text()
+
+
+def ended(process: Fork | subprocess.Popen, base: Path, seconds: float) -> int:
+    """The exit status of a process that must end within so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it has not ended after {seconds} s:\n{output(base)}")
+
+
+def out(base: Path, tag: str = "adder") -> Path:
+    return base / "chatrl_checkpoints" / tag
+
+
+def last_step(base: Path, tag: str = "adder") -> int:
+    """The last step that metrics.jsonl tells of, −1 where there is none; the file may be in the middle of a line."""
+    path = out(base, tag) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if '"reward"' in line), default=-1)
+
+
+def reach(process: Fork | subprocess.Popen, base: Path, step: int) -> None:
+    """Waits until a step is done."""
+    wait_for(lambda: last_step(base) >= step or process.poll() is not None, 120, f"step {step}")
+    assert process.poll() is None, f"it ended before it could be stopped:\n{output(base)}"
 
 
 def metrics(base: Path, tag: str = "adder") -> list[dict]:
@@ -131,3 +347,33 @@ def metrics(base: Path, tag: str = "adder") -> list[dict]:
 
 def weights(base: Path, step: int, tag: str = "adder") -> dict[str, torch.Tensor]:
     return torch.load(base / "chatrl_checkpoints" / tag / f"model_{step:06d}.pt", weights_only=True)
+
+
+def untimed(line: dict) -> dict:
+    """A line of metrics.jsonl without what depends on the clock."""
+    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
+
+
+def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = 12) -> None:
+    """Bit for bit the same weights, and the same metrics apart from times."""
+    mine, other = weights(base, step, tag), weights(whole, step, tag)
+    assert mine.keys() == other.keys()
+    for key, tensor in other.items():
+        assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
+    assert [untimed(line) for line in metrics(base, tag)] == [untimed(line) for line in metrics(whole, tag)]
+
+
+def assert_readable(base: Path, tag: str = "adder") -> None:
+    """metrics.jsonl and samples are JSON to their end, and curve.png is a picture."""
+    for path in (out(base, tag) / "metrics.jsonl", *out(base, tag).glob("samples_*.jsonl")):
+        text = path.read_text()
+        assert text.endswith("\n") and [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    picture = (out(base, tag) / "curve.png").read_bytes()
+    assert picture == b"a picture" or matplotlib.image.imread(io.BytesIO(picture)).std() > 0
+
+
+def cut_back(base: Path, step: int, tag: str = "adder") -> None:
+    """Takes away the checkpoints after a step, as if the run had been killed before they were written."""
+    for path in out(base, tag).glob("*_*.*"):
+        if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
+            path.unlink()

@@ -8,14 +8,13 @@ import re
 import shutil
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import tiktoken
 import torch
-from conftest import SHAPE, SHARED, chat, generate, logits_of, policy_of, sign, tiny_config, tiny_model
+from conftest import SHAPE, SHARED, Touch, chat, generate, logits_of, policy_of, sign, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -646,16 +645,6 @@ def test_vocabulary_mismatch_is_refused(tmp_path):
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
     sign(tmp_path, 7)
     assert "309" in (text := refusal(tmp_path)) and "265" in text
-
-
-class Touch:
-    """Makes a file when it is unpickled with the plain unpickler."""
-
-    def __init__(self, path, call=os.system):
-        self.path, self.call = path, call
-
-    def __reduce__(self):
-        return self.call, (f"touch {self.path}",) if self.call is os.system else (f"open({str(self.path)!r}, 'w')",)
 
 
 @pytest.mark.parametrize("call", [os.system, eval], ids=["os.system", "eval"])

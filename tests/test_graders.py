@@ -1,4 +1,5 @@
 """Graders: what scores what, MATH-500 and AIME against themselves, hostile text, and the process that compares expressions."""
+import contextlib
 import inspect
 import json
 import os
@@ -32,17 +33,45 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def dismiss(servers: list) -> None:
+    """Ends these servers, and waits until they have; not with Popen.wait(), whose lock an interrupted call may hold."""
+    while servers:
+        server = servers.pop()
+        if server.returncode is None:
+            os.kill(server.pid, signal.SIGKILL)
+            os.waitpid(server.pid, 0)
+            server.returncode = -signal.SIGKILL
+        for pipe in filter(None, (server.stdin, server.stdout)):
+            with contextlib.suppress(BrokenPipeError):          # a question that was not sent
+                pipe.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def last_server_ends():
+    yield
+    dismiss(IDLE)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
-    """No server yet, no answers remembered, and servers that give up after 0.3 seconds."""
-    short = chat_rl.SERVER.replace("ITIMER_PROF, 5)", "ITIMER_PROF, 0.3)")
+    """No server yet, no answers remembered, and servers that give up after 2 seconds of their CPU time: several times
+    what an honest line takes, the first one included. All of them have ended afterwards."""
+    short, started = chat_rl.SERVER.replace("ITIMER_PROF, 5)", "ITIMER_PROF, 2)"), []
+
+    class Kept(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
     assert short != chat_rl.SERVER
+    dismiss(IDLE)
     monkeypatch.setattr(chat_rl, "SERVER", short)
+    monkeypatch.setattr(subprocess, "Popen", Kept)
     same_math.cache_clear()
     same_math.timeouts = 0
-    IDLE.clear()
     yield
     IDLE.clear()
+    dismiss(started)
     same_math.cache_clear()
     same_math.timeouts = 0
 

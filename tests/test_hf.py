@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.utils import chat_template_utils
 
-from conftest import ROOT, SHARED, run
+from conftest import ROOT, SHARED, main, run, untimed
 
 import chat_rl
 import gpt
@@ -883,15 +883,6 @@ def even(monkeypatch):
     monkeypatch.setenv("ROOT", str(ROOT))
     space = {"__name__": "even"}
     exec(EVEN, space)
-    monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)                   # half a second each
-
-
-def main(base: Path, *flags: str) -> int:
-    """Runs chat_rl.py in this process; returns its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        patch.setattr(gpt.Ranks, "listen", lambda ranks: None)
-        return chat_rl.main([str(flag) for flag in flags])
 
 
 def model_folder(place: Path, kind: str = "qwen3", dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
@@ -903,8 +894,7 @@ def model_folder(place: Path, kind: str = "qwen3", dtype: torch.dtype = torch.bf
 def lines_of(base: Path, name: str) -> list[dict]:
     """What metrics.jsonl says, without what depends on the clock."""
     text = (base / "chatrl_checkpoints" / name / "metrics.jsonl").read_text()
-    timed = ("tokens_per_second", "rollout_seconds", "update_seconds")
-    return [{key: x for key, x in json.loads(line).items() if key not in timed} for line in text.splitlines()]
+    return [untimed(json.loads(line)) for line in text.splitlines()]
 
 
 def check_saved(source: Path, out: Path, step: int = 1) -> None:
@@ -1013,7 +1003,7 @@ def test_two_ranks_are_one(tmp_path):
     flags = {name: [*RUN, *more, f"--model-tag={model_folder(tmp_path / name)}"] for name, more in kinds.items()}
     script = tmp_path / "several.py"
     script.write_text(SEVERAL)
-    run(tmp_path, json.dumps(list(flags.values())), ranks=2, script=script, ROOT=str(ROOT))
+    run(tmp_path, json.dumps(list(flags.values())), ranks=2, script=script)
     for name, rounding in zip(kinds, (1e-5, 1e-5, 0.02)):
         assert main(tmp_path / "one", *flags[name]) == 0
         two, one = (torch.load(base / "chatrl_checkpoints" / name / "optim_000001.pt", weights_only=True)

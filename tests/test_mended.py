@@ -18,23 +18,14 @@ from pathlib import Path
 from typing import Any, Iterator
 from unittest.mock import MagicMock
 
-import matplotlib.figure
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat_rl, gpt, metrics, run, weights
-from test_run import copies, datasets_cache, gsm8k_rows, main, samples, write_data  # noqa: F401
-from test_survival import assert_same_run, cut_back, ended, out, output, started, untimed, wait_for
+from conftest import (ROOT, SMALL, assert_same_run, chat_rl, cut_back, ended, gpt, main, metrics, out, output, run, started, untimed,
+                      wait_for, weights)
+from test_run import copies, datasets_cache, gsm8k_rows, samples, write_data  # noqa: F401
 
 STEPS = 3
 RUN = [*SMALL, f"--max-steps={STEPS}", "--save-every=1", "--eval-every=1", "--keep-last=9"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing curve.png takes longer than a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +315,7 @@ def test_7_the_source_need_not_be_there(finished, whole):
     assert_same_run(finished, whole, step=STEPS)
 
 
-def test_8_damaged_metrics(finished, whole):
+def test_8_damaged_metrics(finished, whole, pictures):
     """Lines of metrics.jsonl that are not UTF-8, not JSON or no metrics are passed over and counted."""
     cut_back(finished, 2)
     path = out(finished) / "metrics.jsonl"
@@ -340,7 +331,7 @@ def test_8_damaged_metrics(finished, whole):
     assert [untimed(line) for line in metrics(finished)] == [untimed(line) for line in metrics(whole)[2:]]
 
 
-def test_8_renamed_metrics(finished):
+def test_8_renamed_metrics(finished, pictures):
     """Keys in which a bit has flipped do not end a run, though the lines are metrics: it goes on, to its end."""
     cut_back(finished, 2)
     path = out(finished) / "metrics.jsonl"
@@ -392,15 +383,24 @@ def test_11_world_size_without_rank(base, monkeypatch):
         assert status == 0 and len(metrics(base)) == 3, error
 
 
+@pytest.fixture
+def nothing_old() -> Iterator[None]:
+    """For gc there is nothing but what comes: all that pytest and torch have made takes long to look through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def held() -> int:
-    """Bytes of all tensors that this process holds."""
+    """Bytes of all tensors that this process holds, but for frozen ones."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"]
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_13_a_training_state_is_not_held(base, monkeypatch):
+def test_13_a_training_state_is_not_held(base, monkeypatch, nothing_old):
     """Once it goes on, a resumed run, here of a model with a bfloat16 table, holds no more tensors than one that was never
     interrupted."""
     path = base / "chatsft_checkpoints" / "adder" / "model_000150.pt"
@@ -470,9 +470,7 @@ import json, os, runpy, signal, sys, threading, time
 from pathlib import Path
 script = os.environ["ROOT"] + "/chat_rl.py"
 sys.path.insert(0, os.environ["ROOT"])
-import matplotlib.figure, torch, chat_rl
-matplotlib.figure.Figure.savefig = lambda self, file, **_: file.write(b"a picture")
-torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1).step()         # imports much
+import torch, chat_rl
 pids = []
 for i, (code, flags) in enumerate(json.loads(sys.argv[1])):
     pids.append(os.fork())
@@ -544,7 +542,7 @@ def forked(adder_base, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str
     copies(base, *dict.fromkeys(tags))
     runs = [[code, [*SMALL, *flags, f"--model-tag={tag}"]] for tag, (code, flags) in zip(tags, cases.values())]
     (base / "forks.py").write_text(FORKS)
-    run(base, json.dumps(runs), script=base / "forks.py", ROOT=str(ROOT))
+    run(base, json.dumps(runs), script=base / "forks.py")
     statuses = json.loads((base / "statuses").read_text())
     said = [[(base / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(runs))]
     return base, {name: (status, *texts) for name, status, texts in zip(cases, statuses, said)}

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
 
-import matplotlib.figure
+import conftest
 import pytest
 import torch
+from conftest import untimed
 from test_reference import NAMES, random_state, reference_logits, write_checkpoint
 from torch import Tensor
 
@@ -102,19 +103,6 @@ def uniform(seed: int, question: int, sample: int, position: int) -> float:
     return float(gpt.to_uniform(gpt.fold(gpt.fold(seed, question, sample), position)))
 
 
-def main(base: Path, *flags: str) -> int:
-    """Runs chat_rl in this process, and undoes what it does to signals; returns the exit status."""
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-    handlers = [signal.getsignal(number) for number in numbers]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
-        try:
-            return chat_rl.main([*FLAGS, *flags])
-        finally:
-            list(map(signal.signal, numbers, handlers))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -172,6 +160,10 @@ def recorder() -> Iterator[Recorder]:
         use_script(patch, grader)
         shift_logprobs(patch)
         yield sys.modules["wandb"]
+
+
+def main(base: Path, *flags: str) -> int:
+    return conftest.main(base, *FLAGS, *flags)
 
 
 def out(base: Path) -> Path:
@@ -405,10 +397,6 @@ def test_weights_and_biases_is_told_all(whole):
             {**row, "completions": text, "rewards": reward}
             for row in rows for text, reward in zip(row["completions"], row["rewards"])]
     assert recorded.calls[0][0] == "init" and [name for name, _ in recorded.calls].index("finish") == len(recorded.calls) - 1
-
-
-def untimed(line: dict) -> dict:
-    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
 
 
 def test_a_resumed_run_keeps_its_wandb_id(whole, recorder, tmp_path):

@@ -1,4 +1,4 @@
-"""What happens to long runs: signals, kills, full disks, damaged and hostile files, lost ranks. All of it to real processes.
+"""What happens to long runs: signals, kills, full disks, damaged and hostile files. All of it to real processes.
 
     CHAT_RL_SOAK=1 python -m pytest tests/test_survival.py -k soak        # the long one: 20 kills
 """
@@ -9,43 +9,39 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat_rl, environment, gpt, metrics, run, sign, weights
+from conftest import (SMALL, Touch, assert_readable, assert_same_run, chat_rl, cut_back, ended, gpt, last_step, metrics, out,
+                      output, reach, run, sign, started, wait_for, weights)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 STEPS = 12
 RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=5", "--save-every=1", "--keep-last=20"]
-TWO = ("--standalone", "--nproc-per-node=2")
 FAST = dict(deadline=None, derandomize=True)
 
 # Runs chat_rl several times in one process: argv[1] is a list of [file size limit or null, environment, flags].
 SEVERAL = """
-import json, os, resource, sys, traceback
-sys.stderr = sys.stdout
+import io, json, os, resource, sys, traceback
 sys.path.insert(0, os.environ["ROOT"])
 import chat_rl
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 for limit, environment, flags in json.loads(sys.argv[1]):
     os.environ.update(environment)
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)   # no file: those are limited
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or hard, hard))
     try:
         status = chat_rl.main(flags)
     except BaseException:
         status = traceback.format_exc()
-    print("\\n===", json.dumps(status), flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    print(sys.stdout.buffer.getvalue().decode() + "\\n===", json.dumps(status), file=sys.__stdout__, flush=True)
 """
 
-# chat_rl with a fault of the given KIND in the steps STEPS.
+# chat_rl with a fault of the given KIND in the steps STEPS; or one whose steps all take a fifth of a second longer.
 TROUBLE = """
 import dataclasses, os, sys, time
 sys.path.insert(0, os.environ["ROOT"])
@@ -58,7 +54,9 @@ def hang(*args):
     time.sleep(300)
 
 def faulty(reference, text):
-    if now and now[-1] in steps:
+    if kind == "slow":
+        time.sleep(0.2 / 64)
+    elif now and now[-1] in steps:
         return hang() if kind == "hang" else float(kind)
     return task.grader(reference, text)
 
@@ -72,114 +70,13 @@ sys.exit(chat_rl.main(sys.argv[1:]))
 """
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes, and what they leave
-
-
-def wait_for(condition, seconds: float, what: str, pause: float = 0.005):
-    """The first true value of condition(), asked again and again; fails after that many seconds."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(pause)
-    return value
-
-
-def family(base: Path) -> dict[int, dict]:
-    """The live processes that were started with this base folder: their environments by process id."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            pairs = (folder / "environ").read_text(errors="replace").split("\0")
-            alive = (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:                     # it has ended, or is someone else's
-            continue
-        variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        if alive and variables.get("NANOCHAT_BASE_DIR") == str(base):
-            found[int(folder.name)] = variables
-    return found
-
-
-@contextmanager
-def started(base: Path, *flags: str, torchrun: tuple = (), script: Path = ROOT / "chat_rl.py", **more: str):
-    """A process of chat_rl.py; that of torchrun where it is given torchrun's options. In the end none of them is left."""
-    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
-    with open(base / "out.txt", "w") as out:
-        process = subprocess.Popen([sys.executable, *launcher, str(script), *map(str, flags)], cwd=base, stdout=out,
-                                   stderr=subprocess.STDOUT, env=environment(base, ROOT=str(ROOT), **more))
-    try:
-        yield process
-    finally:
-        for pid in [process.pid] * (process.poll() is None) + list(family(base)):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        process.wait(10)
-
-
-def output(base: Path) -> str:
-    return (base / "out.txt").read_text()
-
-
-def ended(process: subprocess.Popen, base: Path, seconds: float) -> int:
-    """The exit status of a process that must end within so many seconds."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"it has not ended after {seconds} s:\n{output(base)}")
-
-
-def finish(base: Path, *flags: str, **more) -> None:
-    """Runs to the end."""
-    with started(base, *flags, **more) as process:
-        assert ended(process, base, 120) == 0, output(base)
-
-
-def out(base: Path, tag: str = "adder") -> Path:
-    return base / "chatrl_checkpoints" / tag
-
-
-def last_step(base: Path, tag: str = "adder") -> int:
-    """The last step that metrics.jsonl tells of, −1 where there is none; the file may be in the middle of a line."""
-    path = out(base, tag) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if '"reward"' in line), default=-1)
-
-
-def reach(process: subprocess.Popen, base: Path, step: int) -> None:
-    """Waits until a step is done."""
-    wait_for(lambda: last_step(base) >= step or process.poll() is not None, 120, f"step {step}")
-    assert process.poll() is None, f"it ended before it could be stopped:\n{output(base)}"
-
-
-def untimed(line: dict) -> dict:
-    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
-
-
-def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = STEPS) -> None:
-    """Bit for bit the same weights, and the same metrics apart from times."""
-    mine, other = weights(base, step, tag), weights(whole, step, tag)
-    assert mine.keys() == other.keys()
-    for key, tensor in other.items():
-        assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
-    assert [untimed(line) for line in metrics(base, tag)] == [untimed(line) for line in metrics(whole, tag)]
-
-
-def cut_back(base: Path, step: int, tag: str = "adder") -> None:
-    """Takes away the checkpoints after a step, as if the run had been killed before they were written."""
-    for path in out(base, tag).glob("*_*.*"):
-        if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
-            path.unlink()
-
-
 def several(base: Path, *runs: tuple, script: str = SEVERAL) -> list[tuple[str, str]]:
     """Runs chat_rl several times in one process, each time with (flags, file size limit, environment): the exit status
     (a traceback where an exception came out) and the output of each."""
     runs = [[*part, *[None, {}][len(part) - 1:]] for part in runs]
     runs = [[limit, variables, [str(flag) for flag in flags]] for flags, limit, variables in runs]
     (base / "several.py").write_text(script)
-    done = run(base, json.dumps(runs), script=base / "several.py", ROOT=str(ROOT))
+    done = run(base, json.dumps(runs), script=base / "several.py")
     said, *parts = re.split(r"^=== (.*)\n", done.stdout, flags=re.MULTILINE)
     assert len(parts) == 2 * len(runs), done.stdout + done.stderr
     return [(json.loads(status), text) for status, text in zip(parts[0::2], [said, *parts[1::2]])]
@@ -196,28 +93,10 @@ def wholes(adder_base, tmp_path_factory) -> Path:
     return base
 
 
-@pytest.fixture(scope="module")
-def pair(adder_base, tmp_path_factory) -> Path:
-    """A base folder with the uninterrupted run on 2 ranks."""
-    base = Path(shutil.copytree(adder_base, tmp_path_factory.mktemp("pair") / "base"))
-    finish(base, *RUN, torchrun=TWO)
-    return base
-
-
 @pytest.fixture
 def finished(wholes, tmp_path) -> Path:
     """A copy of the uninterrupted runs, to damage."""
     return Path(shutil.copytree(wholes, tmp_path / "finished"))
-
-
-def assert_readable(base: Path, tag: str = "adder") -> None:
-    """metrics.jsonl is JSON to its end, and curve.png a picture."""
-    for line in (out(base, tag) / "metrics.jsonl").read_text().split("\n")[:-1]:
-        json.loads(line, parse_constant=pytest.fail)
-    for path in out(base, tag).glob("samples_*.jsonl"):
-        assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-    assert (out(base, tag) / "metrics.jsonl").read_text().endswith("\n")
-    assert matplotlib.image.imread(out(base, tag) / "curve.png").std() > 0
 
 
 def one_line(text: str, *parts: str) -> str:
@@ -242,13 +121,13 @@ def test_stopped_and_resumed_is_never_stopped(base, wholes):
         assert ended(process, base, 10) == 0, output(base)
     assert gpt.checkpoint_steps(out(base)) == [3] and "stopped after step 3" in output(base)
     assert_readable(base)
-    with started(base, *flags) as process:
+    with started(base, *flags, script=script, KIND="slow", STEPS="") as process:
         reach(process, base, 5)
         process.send_signal(signal.SIGINT)
         assert ended(process, base, 10) == 0, output(base)
     assert gpt.checkpoint_steps(out(base)) == [3, last_step(base) + 1]
     assert_readable(base)
-    with started(base, *flags, "--save-every=2") as process:
+    with started(base, *flags, "--save-every=2", script=script, KIND="slow", STEPS="") as process:
         reach(process, base, 9)
         process.kill()
         assert ended(process, base, 10) == -signal.SIGKILL
@@ -282,10 +161,11 @@ def test_float32_weights_of_bfloat16_tables_are_resumed(finished, wholes):
 def kill_at_random(base: Path, kills: int, flags: list[str], seed: int) -> None:
     """Kills a run that saves at every step so many times, every other time while a file is being written, and lets it end."""
     chance, hits = random.Random(seed), 0
-    path = out(base) / "metrics.jsonl"
+    path, script = out(base) / "metrics.jsonl", base / "trouble.py"
+    script.write_text(TROUBLE)
     for i in range(kills):
         before = path.stat().st_ino if path.exists() else None
-        with started(base, *flags, "--resume") as process:
+        with started(base, *flags, "--resume", script=script, KIND="slow", STEPS="") as process:
             wait_for(lambda: path.exists() and path.stat().st_ino != before or process.poll() is not None, 120, "its first step")
             time.sleep(chance.uniform(0, 0.2))
             if i % 2:
@@ -313,77 +193,6 @@ def test_soak_of_random_kills(base, tmp_path):
     run(whole, *flags)
     kill_at_random(base, 20, flags, seed=1)
     assert_same_run(base, whole, step=120)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-def rank(base: Path, number: int) -> int:
-    """The process id of a rank."""
-    return next(pid for pid, variables in family(base).items() if variables.get("RANK") == str(number))
-
-
-def test_ranks_stop_together(base, pair, tmp_path):
-    """SIGTERM to torchrun, then to one rank alone, ends both ranks inside 30 s with the last completed step saved; with 2
-    ranks the run goes on bit for bit. With 1 rank its change of the weights comes within 1% (measured: 0.06%) in norm, its
-    metrics within 1e-4."""
-    flags = [*RUN, "--save-every=100", "--resume"]
-    with started(base, *flags, torchrun=TWO) as process:
-        reach(process, base, 2)
-        process.send_signal(signal.SIGTERM)
-        ended(process, base, 30)                # torchrun's own status is that of a signal
-        assert not family(base), "a rank is left"
-    assert gpt.checkpoint_steps(out(base)) == [last_step(base) + 1], output(base)
-    assert_readable(base)
-    alone = Path(shutil.copytree(base, tmp_path / "alone"))
-    with started(base, *flags, torchrun=TWO) as process:
-        reach(process, base, 6)
-        os.kill(rank(base, 1), signal.SIGTERM)
-        assert ended(process, base, 30) == 0, output(base)
-    assert gpt.checkpoint_steps(out(base))[1:] == [last_step(base) + 1], output(base)
-    finish(base, *flags, torchrun=TWO)
-    assert_same_run(base, pair)
-    run(alone, *flags)
-    start = torch.load(base / "chatsft_checkpoints" / "adder" / "model_000150.pt", weights_only=True)
-    mine, other, start = (torch.cat([x.flatten() for x in state.values()]) for state in (weights(alone, STEPS), weights(pair, STEPS), start))
-    assert (mine - other).norm() < 0.01 * (other - start).norm()
-    for line, expected in zip(metrics(alone), metrics(pair), strict=True):
-        assert untimed(line) == pytest.approx(untimed(expected), rel=1e-4, abs=1e-5)
-
-
-def test_rank_that_dies_ends_the_run(base):
-    """The other rank does not wait for it, and torchrun says which one it was."""
-    with started(base, *RUN, torchrun=TWO) as process:
-        reach(process, base, 2)
-        os.kill(rank(base, 1), signal.SIGKILL)
-        assert ended(process, base, 40) not in (0, None)
-        assert not family(base), "a rank is left"
-    assert "local_rank: 1" in output(base) and "Signal 9 (SIGKILL)" in output(base)
-
-
-def test_torchrun_restarts_from_the_last_checkpoint(base, pair):
-    """With --max-restarts and --resume a run that lost a rank recovers by itself, and ends as if nothing had been."""
-    with started(base, *RUN, "--resume", torchrun=(*TWO, "--max-restarts=1")) as process:
-        reach(process, base, 3)
-        os.kill(rank(base, 1), signal.SIGKILL)
-        assert ended(process, base, 90) == 0, output(base)
-    assert_same_run(base, pair)
-
-
-def test_two_machines(base, pair, tmp_path):
-    """Two agents of one rank each are one agent of two. The second one's machine has no checkpoint, and gets none."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    first, second = (["--nnodes=2", "--nproc-per-node=1", f"--node-rank={i}", "--master-addr=127.0.0.1", f"--master-port={port}"] for i in (0, 1))
-    with started(base, *RUN, torchrun=first) as one, started(empty, *RUN, torchrun=second) as two:
-        assert ended(one, base, 120) == 0, output(base)
-        assert ended(two, empty, 30) == 0, output(empty)
-    assert_same_run(base, pair)
-    assert os.listdir(empty) == ["out.txt"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -493,16 +302,6 @@ def test_no_bit_of_a_meta_goes_unnoticed(finished, capsys):
     assert not bad, (len(bad), bad)
 
 
-class Touch:
-    """Makes a file when it is unpickled by a careless unpickler."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_no_pickle_runs_code(finished, wholes, tmp_path):
     """A hostile pickle in any file that is read is refused or passed over by name, though its digest be right."""
     bad, cases = Touch(tmp_path / "touched"), []
@@ -550,11 +349,12 @@ def test_no_pickle_runs_code(finished, wholes, tmp_path):
 # Numbers and texts
 
 
-def test_steps_that_are_not_finite(base, tmp_path):
+def test_steps_that_are_not_finite(base, pictures):
     """One is left out and said, and the run goes on; five in a row end it with status 1, and nothing more is saved."""
     script = base / "trouble.py"
     script.write_text(TROUBLE)
-    said = run(base, *RUN, script=script, ROOT=str(ROOT), KIND="nan", STEPS="4 6").stdout
+    flags = [*RUN, "--eval-every=100"]
+    said = run(base, *flags, script=script, KIND="nan", STEPS="4 6").stdout
     assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == ["4/12", "6/12"]
     for before, after, same in ((4, 5, True), (5, 6, False), (6, 7, True)):
         one, two = weights(base, before), weights(base, after)
@@ -562,7 +362,7 @@ def test_steps_that_are_not_finite(base, tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights(base, STEPS).values())
     assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (4, 6) for step in range(STEPS)]
     assert_readable(base)
-    done = run(base, *RUN, "--save-every=2", script=script, status=1, ROOT=str(ROOT), KIND="inf", STEPS="1 2 3 4 5 6 7")
+    done = run(base, *flags, "--save-every=2", script=script, status=1, KIND="inf", STEPS="1 2 3 4 5 6 7")
     one_line(done.stdout + done.stderr, "not finite", "--resume")
     assert gpt.checkpoint_steps(out(base)) == [2, 4]
     first, last = weights(base, 2), weights(base, 4)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHAPE, SHARED, SMALL, chat, metrics, tiny_model
-from test_run import datasets_cache, main  # noqa: F401
+from conftest import SHAPE, SHARED, SMALL, chat, main, metrics, tiny_model
+from test_run import datasets_cache  # noqa: F401
 
 import chat_rl
 import gpt
-from chat_rl import TASKS, Example, Flags, Group, Task
+from chat_rl import TASKS, Example, Flags, Group
 
 BOX_NUMBER = r" Provide a numerical answer without units, written inside \boxed{}."
 BOX_MATH = r" Write your answer in \boxed{} format."
@@ -295,19 +295,13 @@ def test_a_rank_without_questions_samples_nothing():
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
-@pytest.fixture
-def no_curve(monkeypatch):
-    """Drawing takes longer than all else in a small run."""
-    monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)
-
-
 QUICK = ["--num-samples=2", "--examples-per-step=2", "--eval-samples=2", "--eval-examples=2", "--max-new-tokens=4",
          "--max-steps=2"]
 MODELS = {"nanochat": ("fixtures", "nanochat", "gsm8k-d4"), "huggingface": ("fixtures", "hf", "qwen3")}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys, no_curve):
+def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys):
     """Two steps and an evaluation from local folders; with a Hugging Face model the default task is gsm8k-boxed, with
     nanochat's it is gsm8k."""
     source, out = shared(*MODELS[kind]), tmp_path / "base" / "chatrl_checkpoints"
@@ -333,7 +327,7 @@ def test_every_task_runs_on_both_kinds_of_model(tmp_path, kind, capsys, no_curve
         assert meta["flags"]["task"] == (name or {"nanochat": "gsm8k", "huggingface": "gsm8k-boxed"}[kind])
 
 
-def test_several_evaluations_in_one_run(base, tmp_path, capsys, no_curve):
+def test_several_evaluations_in_one_run(base, tmp_path, capsys):
     """Each has its own metrics, a line of the row that is printed, a line in the curve, and its rows in the samples; with
     --eval-examples 0 all questions are asked, but those that are too long, which are counted."""
     long = {"problem": "What is " + "1 + " * 50 + "1?", "answer": "51"}
@@ -354,7 +348,7 @@ def test_several_evaluations_in_one_run(base, tmp_path, capsys, no_curve):
     assert flags["eval_data"] == eval_data and flags["eval_examples"] == 0
 
 
-def test_the_curve_has_a_line_for_each_evaluation(monkeypatch, tmp_path):
+def test_the_curve_has_a_line_for_each_evaluation(pictures, monkeypatch, tmp_path):
     from matplotlib.figure import Figure
     drawn = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.update({
@@ -368,7 +362,7 @@ def test_the_curve_has_a_line_for_each_evaluation(monkeypatch, tmp_path):
         assert drawn[title] == names
 
 
-def test_the_two_forms_of_jsonl(base, tmp_path, capsys, no_curve):
+def test_the_two_forms_of_jsonl(base, tmp_path, capsys):
     """Raw text with a list of solutions, and messages with a label, by the flags for them; the meta keeps these."""
     raw = [{"prompt": f"<|User|>\nWhat is {i} + 2? <|Assistant|><think>\n", "task": "math", "query_id": str(i),
             "solutions": [rf"\boxed{{{i + 2}}}"]} for i in range(12)]
@@ -423,7 +417,7 @@ def test_advice_after_ten_steps(right, words, every, capsys):
         assert capsys.readouterr().out == ""
 
 
-def test_advice_in_a_run(base, tokenizer, capsys, no_curve):
+def test_advice_in_a_run(base, tokenizer, capsys):
     gpt.save_checkpoint(base / "chatsft_checkpoints" / "fool", 3, tiny_model(), tokenizer, {"model_config": SHAPE})
     flags = ["--model-tag=fool", "--max-steps=11", "--eval-every=3", "--num-samples=2", "--examples-per-step=2",
              "--eval-samples=1"]
@@ -431,7 +425,7 @@ def test_advice_in_a_run(base, tokenizer, capsys, no_curve):
     assert capsys.readouterr().out.count("nothing was right so far") == 1
 
 
-def test_tensorboard_has_the_same_metrics(base, no_curve):
+def test_tensorboard_has_the_same_metrics(base):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert main(base, *SMALL, "--max-steps=2", "--tensorboard") == 0
@@ -456,7 +450,7 @@ def test_timeouts_are_counted(tokenizer, monkeypatch):
     assert [chat_rl.tally([group], tokenizer.stops)["timeouts"] for _ in range(2)] == [3, 0]
 
 
-def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch, no_curve):
+def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch):
     equal = chat_rl.GRADERS["exact"]
 
     def slow(reference: str, text: str) -> float:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, SMALL, chat, generate, metrics, policy_of, run, tiny_model, weights
-from test_run import main, samples, untimed
+from conftest import SHAPE, SMALL, chat, generate, main, metrics, policy_of, run, tiny_model, untimed, weights
+from test_run import samples
 
 import chat_rl
 import gpt
@@ -174,7 +174,7 @@ def test_gap_is_measured(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # A step of a real run
 
-STEP = [*SMALL, "--max-steps=1", "--examples-per-step=24", "--num-samples=12", "--eval-examples=9", "--eval-samples=2",
+STEP = [*SMALL, "--max-steps=1", "--examples-per-step=12", "--num-samples=12", "--eval-examples=9", "--eval-samples=2",
         "--init-lr-frac=0.5"]
 SEVERAL = """
 import os, sys
@@ -214,7 +214,7 @@ def test_step_on_ranks_and_batches(base):
         shutil.copytree(folder / "adder", folder / tag)
     script = base / "several.py"
     script.write_text(SEVERAL)
-    run(base, *STEP, ranks=2, script=script, ROOT=str(ROOT))
+    run(base, *STEP, ranks=2, script=script)
     for size in (1, 8):
         assert main(base, *STEP, f"--model-tag=ranks1-{size}", f"--device-batch-size={size}") == 0
     (before, line, _), whole = metrics(base, tags[0]), step_of(base, tags[0])

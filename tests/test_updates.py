@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat, metrics, run, tiny_model, weights
-from test_run import main, untimed
+from conftest import SMALL, chat, main, metrics, run, tiny_model, untimed, weights
 
 import chat_rl
 import gpt
@@ -26,12 +25,6 @@ def scores_of(reference: str, text: str) -> float:
 
 
 TASK = Task("", scores_of)
-
-
-@pytest.fixture
-def no_curve(monkeypatch):
-    """Drawing takes longer than all else in a small run."""
-    monkeypatch.setattr(chat_rl.Log, "plot", lambda log: None)
 
 
 def world(tokenizer: gpt.Tokenizer, **flags) -> tuple[Run, chat_rl.Learner]:
@@ -359,14 +352,14 @@ os._exit(status)
 """
 
 
-def test_ranks_agree_on_parts_and_on_those_left_out(base, no_curve):
+def test_ranks_agree_on_parts_and_on_those_left_out(base):
     """One step in four parts, the weights drifting too far for the last of them: on two ranks the same groups, tokens and
     weights as on one, and both leave out the same parts."""
     script = base / "recorder.py"
     script.write_text(RECORDER)
     flags = [*LIVELY, "--updates-per-rollout=4", "--clip=0.2,0.28", "--max-ratio=3", "--init-lr-frac=0.2", "--max-steps=1"]
     shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / "two")
-    run(base, *flags, "--model-tag=two", ranks=2, script=script, ROOT=str(ROOT))
+    run(base, *flags, "--model-tag=two", ranks=2, script=script)
     assert main(base, *flags) == 0
     (_, one, _), (_, two, _) = metrics(base), metrics(base, "two")
     assert 0 < one["parts_left_out"] < 4 and one["ratio_max"] > 3
@@ -381,7 +374,7 @@ def test_ranks_agree_on_parts_and_on_those_left_out(base, no_curve):
     assert distance(*changes) < 0.02
 
 
-def test_a_resumed_run_with_several_updates_is_the_same(base, no_curve):
+def test_a_resumed_run_with_several_updates_is_the_same(base):
     """Bit for bit: weights, optimizers and metrics."""
     flags = [*LIVELY, "--updates-per-rollout=3", "--clip=0.2", "--max-ratio=20", "--max-steps=4", "--save-every=2",
              "--keep-last=9"]
@@ -399,7 +392,7 @@ def test_a_resumed_run_with_several_updates_is_the_same(base, no_curve):
     assert list(map(untimed, metrics(base))) == list(map(untimed, lines))
 
 
-def test_lr_schedule(base, no_curve):
+def test_lr_schedule(base):
     """Linear to zero, or constant."""
     for schedule, fractions in (("linear", [1, 2 / 3, 1 / 3]), ("constant", [1, 1, 1])):
         assert main(base, *SMALL, f"--lr-schedule={schedule}", "--eval-samples=1") == 0
