@@ -1268,9 +1268,10 @@ def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> F
         say(f"passing over flags of the run that are unknown here: {', '.join(unknown)}")
     saved = {name: value for name, value in saved.items() if name in resumable}
     flags = Flags(**{**preset, **saved, **given})
-    for name, value in saved.items():
-        if getattr(flags, name) != value and not resumable[name]:
-            fail(f"--resume: the run has {option(name)} {value}, not {getattr(flags, name)}")
+    differing = [name for name in saved if not resumable[name] and getattr(flags, name) != saved[name]]
+    if differing:
+        each = (f"{option(name)} {saved[name]}, not {getattr(flags, name)}" for name in differing)
+        fail(f"--resume: the run has {', '.join(each)}")
     if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

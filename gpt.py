@@ -1524,7 +1524,9 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
         raise UserError(f"the meta file of {path} is damaged: it has no seal")
     if path.name not in meta["sha256"]:
         raise UserError(f"{path} was not written to its end")
-    return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
+    content = read_file(path, meta["sha256"])
+    with blaming(f"{path} cannot be loaded", COPY_AGAIN):
+        return torch.load(content, map_location=device, weights_only=True)
 
 
 def find_hub_folder(name: str) -> Path:

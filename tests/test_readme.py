@@ -92,7 +92,7 @@ def test_new_task_is_a_row():
 def test_every_flag_is_in_the_table():
     """The table of flags has each flag's name, default and help, as the code has them."""
     rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \| (.*?) \|$", README, re.M)
-    assert rows == [(f.name.replace("_", "-"), "" if f.default in (None, "", False) else str(f.default), f.metadata["help"])
+    assert rows == [(f.name.replace("_", "-"), "" if str(f.default) in ("None", "", "False") else str(f.default), f.metadata["help"])
                     for f in fields(chat_rl.Flags)]
 
 

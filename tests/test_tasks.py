@@ -244,7 +244,7 @@ def test_references_that_cannot_be_read_are_left_out(tmp_path, capsys):
     train, _ = load("gsm8k-boxed", folder(tmp_path, rows, GSM8K))
     assert [x.index for x in train] == [i for i in range(12) if i not in (2, 5)]
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("2 of 12 references in train in") and "row 2 of train" in said
+    assert said.count("\n") == 1 and said.startswith("2 of 12 references in train of") and "row 2 of train" in said
     mixed = chat_rl.load_examples(TASKS["gsm8k-boxed"], [{"question": "?", "answer": ["none", "3"]}], "here")
     assert mixed[0].references == ["3"]
 
