@@ -332,10 +332,9 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
     shared among the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
-    tokens = dict.fromkeys(range(size), 0.0)
-    tokens |= {i: sum(sum(c.mask) for c in group.completions) for i, group in mine.items() if group.lessons()}
-    tokens = ranks.sum(tokens)
-    order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if tokens[i]]
+    tokens = {i: sum(sum(c.mask) for c in group.completions) for i, group in mine.items() if group.lessons()}
+    tokens = {i: count for part in ranks.everyone(tokens) for i, count in part.items()}
+    order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if i in tokens]
     rest = (num_tokens - sum(tokens.values())) / K
     parts = [sorted(order[k::K]) for k in range(min(K, len(order)))]
     return [([mine[i] for i in part if i in mine], sum(tokens[i] for i in part) + rest) for part in parts]
@@ -914,7 +913,8 @@ class Log:
 
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
-        self.out, self.path, self.wandb, self.tensorboard = run.out, run.out / "metrics.jsonl", None, None
+        self.out, self.path = run.out, run.out / "metrics.jsonl"
+        self.wandb = self.tensorboard = None
         self.lines = [line for line in read_lines(self.path) if line["step"] < run.step]
         gpt.write_file(self.path, lambda file: file.write(b"".join(map(json_line, self.lines))))
         if run.flags.run != "dummy":
@@ -983,7 +983,9 @@ class Log:
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
         scores = [[score >= 1 for score in group.scores] for part in groups.values() for group in part]
-        right, row = min(zip(scores, rows), key=lambda pair: (len({*pair[0]}) == 1, sum(pair[0])))
+        pairs = list(zip(scores, rows))
+        mixed = [pair for pair in pairs if any(pair[0]) and not all(pair[0])]
+        right, row = min(mixed or pairs, key=lambda pair: sum(pair[0]))
         say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
         for is_right, said in sorted(dict(zip(right, row["completions"])).items(), reverse=True):
             say(f"  {'right' if is_right else 'wrong'}      {shortened(said)}")
@@ -999,21 +1001,23 @@ class Log:
         import pandas
         from matplotlib.figure import Figure
 
-        table = pandas.DataFrame(self.lines).set_index("step")
+        table = pandas.DataFrame(self.lines, columns=None if self.lines else ["step"]).set_index("step")
+        tested = evaluation_keys((evaluations_in(self.lines) or [{}])[-1])
         figure = Figure(figsize=(16, 7), layout="constrained")
         for axes, (title, keys) in zip(figure.subplots(2, 4).flat, PANELS.items()):
             for key in keys:
                 y = table.reindex(columns=[key])[key].dropna()
                 [line] = axes.plot(y.rolling(10, min_periods=1).mean(), label=key)
                 axes.plot(y, color=line.get_color(), alpha=0.35, linewidth=1)
-            for key in [] if keys else evaluation_keys(evaluations_in(self.lines)[-1]):
+            for key in [] if keys else tested:
                 y = table[[key, key + "_error"]].dropna()
                 style = "--" if key.endswith("greedy") else "-"
                 axes.errorbar(y.index, *y.values.T, label=key, capsize=3, marker="o", markersize=3, linestyle=style)
             low, high = axes.dataLim.intervaly
             axes.set(title=title, xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))  # rounding is no trouble
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+            if axes.lines:
+                axes.legend(fontsize="small")
         gpt.write_file(self.out / "curve.png", lambda file: figure.savefig(file, dpi=100, format="png"))
 
     def close(self) -> None:
@@ -1208,8 +1212,13 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     name."""
     folder = base / "chatsft_checkpoints"
     tags = {path.parent.name: path.parent.stat().st_mtime for path in folder.glob("*/model_*.pt")}
+
+    def size_and_age(tag: str) -> tuple[int, float]:
+        depth = re.match(r"d(\d+)", tag)
+        return int(depth[1]) if depth else -1, tags[tag]
+
     if tag is None:                         # as nanochat chooses: the largest d<N>, or else the newest
-        tag = max(tags, key=lambda t: (int(re.match(r"d(\d+)|", t)[1] or -1), tags[t]), default="starter")
+        tag = max(tags, key=size_and_age, default="starter")
     if tag in (*tags, "starter"):
         return folder / tag, tag
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
@@ -1289,16 +1298,22 @@ def load_source(source: Path, base: Path, flags: Flags, device: torch.device) ->
     elif not source.is_dir():
         raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of "
                         f"{', '.join(sorted(tags))}, a folder with model_*.pt or config.json and *.safetensors, or a hub name")
-    template = read_text("chat_template", flags)
-    dtype = getattr(torch, flags.dtype)
-    model, tokenizer, loaded = gpt.load_checkpoint(source, flags.model_step, device, dtype, flags.lora_rank, template)
-    if flags.model_step is not None and "step" not in loaded:
+    _, step = gpt.find_checkpoint(source, flags.model_step)
+    if step is None and flags.model_step is not None:
         raise UserError(f"--model-step {flags.model_step}: {source} holds one model, of no step: leave the flag out")
+    template, dtype = read_text("chat_template", flags), getattr(torch, flags.dtype)
+    model, tokenizer, loaded = gpt.load_checkpoint(source, step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
-    digests = [loaded["sha256"][path.name] for path in gpt.checkpoint_files(source, flags.model_step)]
-    meta = {"model_config": loaded["model_config"], "step": 0, "wandb_id": os.urandom(4).hex(), "chat_template": template}
-    return model, tokenizer, {**meta, "source": {"path": str(source), "step": loaded.get("step"), "sha256": sorted(digests)}}
+    digests = sorted(loaded["sha256"][path.name] for path in gpt.checkpoint_files(source, step))
+    meta = {
+        "model_config": loaded["model_config"],
+        "source": {"path": str(source), "step": step, "sha256": digests},
+        "chat_template": template,
+        "wandb_id": os.urandom(4).hex(),
+        "step": 0,
+    }
+    return model, tokenizer, meta
 
 
 def check_same_source(meta: dict, source: Path, step: int | None) -> None:
