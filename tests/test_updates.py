@@ -232,14 +232,14 @@ def test_a_token_that_left_the_top_k_counts_as_the_last_inside():
 
 
 class Pretended:
-    """Ranks that are dealt to one after the other: the sums of all of them are known."""
+    """A rank that writes down what it tells the others, and hears what it is given."""
 
-    def __init__(self, rank: int, size: int, total: dict | None = None):
-        self.rank, self.size, self.total, self.asked = rank, size, total, None
+    def __init__(self, rank: int, size: int, told: list | None = None):
+        self.rank, self.size, self.told = rank, size, told
 
-    def sum(self, values: dict) -> dict:
-        self.asked = values
-        return self.total or values
+    def everyone(self, thing: dict) -> list[dict]:
+        self.asked = thing
+        return self.told or [thing]
 
 
 def dealt(groups: list[Group], size: int, **flags) -> list[list[tuple[list[Group], float]]]:
@@ -251,8 +251,7 @@ def dealt(groups: list[Group], size: int, **flags) -> list[list[tuple[list[Group
         ranks = Pretended(rank, size)
         chat_rl.deal(run, groups[rank::size], num_tokens, ranks)
         asked.append(ranks.asked)
-    total = {key: sum(part[key] for part in asked) for key in asked[0]}
-    return [chat_rl.deal(run, groups[rank::size], num_tokens, Pretended(rank, size, total)) for rank in range(size)]
+    return [chat_rl.deal(run, groups[rank::size], num_tokens, Pretended(rank, size, asked)) for rank in range(size)]
 
 
 def some_groups(advantages: list[bool]) -> list[Group]:
