@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -42,12 +41,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
-from itertools import accumulate
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy
+import tiktoken
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -173,16 +172,14 @@ def advantages_of(rewards: list[float]) -> list[float]:
     return [reward - mean for reward in rewards]
 
 
-def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, clip: tuple[float, ...] = ()) -> Tensor:
+def loss_of(
+    logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, low: float = 0.0, high: float = math.inf
+) -> Tensor:
     """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that
-    sampled it, and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip, low and high,
-    is PPO's (Schulman et al. 2017). The division by the number of tokens comes later."""
+    sampled it, and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip of the ratio to
+    low … high is PPO's (Schulman et al. 2017). The division by the number of tokens comes later."""
     ratio = (logprobs - sampled_logprobs).exp()
-    gain = advantages * ratio
-    if clip:
-        low, high = clip[0], clip[-1]
-        gain = torch.minimum(gain, advantages * ratio.clamp(1 - low, 1 + high))
-    return -gain
+    return -torch.minimum(advantages * ratio, advantages * ratio.clamp(low, high))
 
 
 @dataclass
@@ -355,17 +352,18 @@ def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float
 
 def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_tokens: float, ranks: Ranks) -> dict:
     """The updates of a step. Returns what they did: metrics."""
-    flags, clip = run.flags, clip_of(run.flags)
+    flags, (low, high) = run.flags, bounds_of(run.flags)
+    loss = partial(loss_of, low=low, high=high)
     before = learner.weights.clone()
     norms, drifts = [], []                  # of each part: the gradient's norm, log π / π_sampled of its tokens
     for part, tokens in deal(run, groups, num_tokens, ranks):
         learner.gradient.zero_()
-        drifts.append(backward(learner.model, part, policy, flags.device_batch_size, partial(loss_of, clip=clip)))
+        drifts.append(backward(learner.model, part, policy, flags.device_batch_size, loss))
         if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
             norms.append(update(run, learner, tokens, ranks))
     drifts = drifts or [torch.zeros(0)]
-    first = ranks.sum(measure_drift(drifts[0], clip))
-    total = ranks.sum(measure_drift(torch.cat(drifts), clip))
+    first = ranks.sum(measure_drift(drifts[0], low, high))
+    total = ranks.sum(measure_drift(torch.cat(drifts), low, high))
     count = max(total["tokens"], 1)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
@@ -379,19 +377,19 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_t
     }
 
 
-def clip_of(flags: Flags) -> tuple[float, ...]:
-    """How far the ratio may go down and up: none, one or two numbers."""
-    return tuple(float(part) for part in flags.clip.split(",") if part)
+def bounds_of(flags: Flags) -> tuple[float, float]:
+    """What the ratio is clipped to."""
+    clip = [float(part) for part in flags.clip.split(",") if part]
+    return (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
 
 
 def largest(log_ratios: Tensor) -> float:
     return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
 
 
-def measure_drift(drift: Tensor, clip: tuple[float, ...]) -> dict[str, float]:
+def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
     """How far the policy was from the one that sampled, given log π / π_sampled of tokens: sums over them."""
     ratio = drift.exp()
-    low, high = (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
     return {
         "tokens": len(drift),
         "gap": drift.abs().sum().item(),
@@ -446,7 +444,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) -> tuple[dict, list[Group]]:
     """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
-    questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others nothing."""
+    questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others none of them
+    but the timeouts."""
     n, seed = run.flags.eval_samples, int(gpt.fold(run.flags.seed, EVALUATION))
     mine = examples[: run.flags.eval_examples or None][ranks.rank :: ranks.size]
 
@@ -542,7 +541,7 @@ def small(latex: str) -> str | None:
     """An expression that can be compared in a second or so, by its size, depth and powers, or else None."""
     if not 0 < len(latex) <= 200:
         return None
-    depth = max(accumulate((c in "([{") - (c in ")]}") for c in latex))
+    depth = max(itertools.accumulate((c in "([{") - (c in ")]}") for c in latex))
     powers = POWER.findall(latex)
     heights = [int(n) or 1 for bracket, exponent in powers if bracket for n in re.findall(r"\d+", exponent)]
     fine = (
@@ -596,7 +595,7 @@ def start_server() -> subprocess.Popen:
     return server
 
 
-@functools.lru_cache(10_000)
+@lru_cache(10_000)
 def same_math(reference: str, answer: str) -> bool:
     """Whether two small expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take
     too long are not, and counted in same_math.timeouts."""
@@ -1085,7 +1084,7 @@ def byte_tokenizer() -> Tokenizer:
     """One token per byte, and nanochat's special ones."""
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(Tokenizer.SPECIAL)}
     return Tokenizer(
-        gpt.tiktoken.Encoding(
+        tiktoken.Encoding(
             "bytes", pat_str="(?s:.)", special_tokens=special, mergeable_ranks={bytes([i]): i for i in range(256)}
         )
     )
@@ -1136,7 +1135,7 @@ def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
 
 
 def make_starter(folder: Path) -> None:
-    """Makes a tiny GPT, teaches it to add six times in ten, and saves it as an SFT checkpoint."""
+    """Makes a tiny GPT, teaches it to be right six times in ten, and saves it as an SFT checkpoint."""
     tokenizer = byte_tokenizer()
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
@@ -1166,7 +1165,7 @@ PRESETS = {
     "lora": dict(matrix_optimizer="adamw", matrix_lr=1e-4, init_lr_frac=1.0),
     "starter": dict(
         task="arithmetic",
-        max_steps=60,
+        max_steps=75,
         examples_per_step=512,
         num_samples=4,
         max_new_tokens=8,
@@ -1175,8 +1174,8 @@ PRESETS = {
         embedding_lr=1.0,
         unembedding_lr=0.2,
         matrix_lr=0.25,
-        eval_every=20,
-        save_every=20,
+        eval_every=25,
+        save_every=25,
     ),
 }
 
@@ -1337,8 +1336,7 @@ def check_same_source(meta: dict, source: Path, step: int | None) -> None:
 
 def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
     """What the questions are, wherever they lie."""
-    parts = {"train": train, **tests}
-    content = {name: [(x.index, x.prompt, x.references) for x in part] for name, part in parts.items()}
+    content = [[(x.index, x.prompt, x.references) for x in part] for part in (train, *tests.values())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -1383,7 +1381,7 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
                         f"make it a multiple of {ranks.size}")
     if resumed:
         model, tokenizer, meta, training = resumed
-        check_same_source(meta, source or Path(meta["source"]["path"]), flags.model_step)
+        check_same_source(meta, source or Path(meta["source"]["path"]), given.get("model_step"))
     else:
         model, tokenizer, meta = load_source(source, base, flags, ranks.device)
     meta["flags"] = asdict(flags)
@@ -1459,25 +1457,17 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's state of it; as a resumed run left it."""
-    flags, training = run.flags, state.get("training")
+    training = state.get("training")
     model = gpt.share_model(state.get("model"), ranks)
     if training:
         model.load_state_dict(training["masters"], strict=False)
     weights, gradient = gpt.flatten(model)
     ranks.broadcast(weights)
-    optimizers = []
-    if ranks.rank == 0:
-        optimizers = gpt.make_optimizers(
-            model,
-            flags.embedding_lr,
-            flags.unembedding_lr,
-            flags.matrix_lr,
-            flags.weight_decay,
-            flags.matrix_optimizer,
-        )
-    if training:
-        for optimizer, saved in zip(optimizers, training["optimizers"]):
-            optimizer.load_state_dict(saved)
+    settings = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_optimizer")
+    given = {name: getattr(run.flags, name) for name in settings}
+    optimizers = gpt.make_optimizers(model, **given) if ranks.rank == 0 else []
+    for optimizer, state_dict in zip(optimizers, training["optimizers"] if training else ()):
+        optimizer.load_state_dict(state_dict)
     return Learner(model, Sampler(model, run.tokenizer), weights, gradient, optimizers)
 
 
@@ -1536,7 +1526,8 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
     saved."""
     flags = run.flags
     log = Log(run) if ranks.rank == 0 else None
-    saved, failures, spent, first = run.step, 0, 0.0, run.step
+    saved = first = run.step
+    failures, spent = 0, 0.0
     ranks.listen()
     while run.step < run.num_steps:
         if run.step % flags.eval_every == 0:
@@ -1581,7 +1572,7 @@ def finish(run: Run, log: Log) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs, and returns the exit status: 2 where something was amiss from the start, 1 where it went wrong later."""
-    status, run = 2, None
+    status, given, run = 2, None, None
     make_output_safe()
     with ExitStack() as stack:
         try:
@@ -1602,9 +1593,9 @@ def main(argv: list[str]) -> int:
             train(run, learner, ranks)
             status = 0
         except (UserError, OSError) as error:
-            full = isinstance(error, OSError) and status == 1
-            hint = f"cannot write to {run.out}: free some space and go on with --resume: " if full else ""
-            if main_rank():
+            late = isinstance(error, OSError) and status == 1
+            hint = f"cannot write to {run.out}: free some space and go on with --resume: " if late else ""
+            if main_rank() or given is not None and error is not run:  # what all say, one says
                 print(f"chat_rl: {hint}{error}", file=sys.stderr)
     if dist.is_initialized() and status == 0:  # after a failure other ranks may wait in a collective: no goodbye
         dist.barrier()                      # no rank leaves while another is still talking to it

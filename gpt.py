@@ -148,8 +148,12 @@ class Ranks:
         return box[0]
 
     def gather(self, items: list) -> list:
-        """All ranks' items, dealt back into the order in which [rank::size] dealt them out."""
-        rounds = itertools.zip_longest(*self.everyone(items))
+        """All ranks' items on rank 0, dealt back into the order in which [rank::size] dealt them out; [] on others."""
+        parts = [items]
+        if self.size > 1:
+            parts = [None] * self.size if self.rank == 0 else None
+            dist.gather_object(items, parts)
+        rounds = itertools.zip_longest(*parts or [])
         return [item for round in rounds for item in round if item is not None]
 
     def listen(self) -> None:
@@ -594,7 +598,7 @@ class Block(nn.Module):
 
 def recomputed(work: Callable, when: bool) -> Callable:
     """The work; done again in the backward, to save memory, rather than remembered."""
-    return partial(checkpoint, work, use_reentrant=False) if when else work
+    return partial(checkpoint, work, use_reentrant=False, preserve_rng_state=False) if when else work
 
 
 class GPT(nn.Module):
@@ -695,7 +699,6 @@ class GPT(nn.Module):
         return logits[..., : self.config.vocab_size].float()
 
 
-
 def empty_model(config: Config, dtype: torch.dtype) -> GPT:
     """A model without memory for its weights."""
     with torch.device("meta"):
@@ -764,9 +767,9 @@ def calculate(expression: str) -> str | None:
 class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
-    What every tokenizer has: `vocab_size`, `encode`, `decode`, `render`, the `stops` that end the model's turn, the
-    `files` that it is saved in, and `call_end`, which closes a call of the calculator that `answer_call` answers
-    (−1: none).
+    What every tokenizer has: `vocab_size`, `encode`, `encode_raw`, `decode`, `render`, the `stops` that end the model's
+    turn, all its special tokens (`markers`), the `date` that its chats tell, the `files` that it is saved in, and
+    `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none).
     """
 
     SPECIAL = (

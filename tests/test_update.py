@@ -166,7 +166,7 @@ def test_gap_is_measured(tokenizer):
     assert len(log_ratios) == sampled_tokens(groups) and log_ratios.abs().max() < 1e-4
     groups[0].completions[0].logprobs[0] += 0.5
     drift = chat_rl.backward(model, groups, policy, 8)
-    measured = chat_rl.measure_drift(drift, ())
+    measured = chat_rl.measure_drift(drift, 0.0, math.inf)
     assert measured["gap"] == pytest.approx(0.5, abs=1e-2) and measured["tokens"] == len(log_ratios)
     assert chat_rl.largest(drift) == pytest.approx(0.5, rel=1e-3)
 

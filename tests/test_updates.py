@@ -187,9 +187,9 @@ def test_the_clip_is_lopsided():
     """The gradient ends where the ratio is above 1 + high and the advantage positive, or below 1 − low and negative."""
     ratios = torch.tensor([0.5, 0.85, 1.0, 1.25, 1.5])
     for advantage, kept, kept_lopsided in ((2.0, [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]), (-2.0, [0, 1, 1, 1, 1], [0, 1, 1, 1, 1])):
-        for clip, expected in (((), [1] * 5), ((0.2,), kept), ((0.2, 0.28), kept_lopsided)):
+        for bounds, expected in (((), [1] * 5), ((0.8, 1.2), kept), ((0.8, 1.28), kept_lopsided)):
             logprobs = ratios.log().requires_grad_()
-            chat_rl.loss_of(logprobs, torch.zeros(5), torch.full((5,), advantage), clip).sum().backward()
+            chat_rl.loss_of(logprobs, torch.zeros(5), torch.full((5,), advantage), *bounds).sum().backward()
             assert logprobs.grad.tolist() == pytest.approx([-advantage * r * k for r, k in zip(ratios.tolist(), expected)])
 
 
@@ -410,6 +410,7 @@ def test_bad_flags_are_refused(base, flag, capsys):
     assert not (base / "chatrl_checkpoints").exists()
 
 
-@pytest.mark.parametrize("clip, sides", [("", ()), ("0.2", (0.2,)), ("0.2,0.28", (0.2, 0.28)), (".2,.28", (0.2, 0.28))])
-def test_good_clips_are_read(clip, sides):
-    assert chat_rl.clip_of(Flags(**chat_rl.parse_flags([f"--clip={clip}"]))) == sides
+@pytest.mark.parametrize("clip, bounds", [
+    ("", (0, math.inf)), ("0.2", (0.8, 1.2)), ("0.2,0.28", (0.8, 1.28)), (".2,.28", (0.8, 1.28))])
+def test_good_clips_are_read(clip, bounds):
+    assert chat_rl.bounds_of(Flags(**chat_rl.parse_flags([f"--clip={clip}"]))) == pytest.approx(bounds)
