@@ -307,8 +307,12 @@ def test_7_the_tokenizer_is_checked(finished):
 
 
 def test_7_the_source_need_not_be_there(finished, whole):
-    """A run goes on without the model that it began with."""
+    """A run goes on without the model that it began with, also one that named its step."""
     cut_back(finished, 2)
+    path = out(finished) / "meta_000002.json"
+    meta = json.loads(path.read_text())
+    meta["flags"]["model_step"] = 150
+    path.write_text(json.dumps({**meta, "seal": gpt.seal(meta)}))
     shutil.rmtree(finished / "chatsft_checkpoints")
     status, text, error = report(finished, *RUN, "--resume")
     assert status == 0, error

@@ -362,6 +362,19 @@ def test_the_curve_has_a_line_for_each_evaluation(pictures, monkeypatch, tmp_pat
         assert drawn[title] == names
 
 
+@pytest.mark.parametrize("lines", [[], [{"step": 0, "reward": 0.5, "entropy": None}]], ids=["nothing", "no evaluation"])
+def test_the_curve_of_a_run_that_was_stopped_at_once(lines, tmp_path, pictures):
+    """A picture is drawn of whatever there is."""
+    chat_rl.Log.plot(SimpleNamespace(lines=lines, out=tmp_path))
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_digest_of_the_questions_counts_each_set():
+    """Training questions are part of it whatever the test questions are called."""
+    one, other = (examples_of([{"prompt": f"{i} + 1?", "answer": i + 1}]) for i in (1, 2))
+    assert len({chat_rl.digest_of(one, {"train": other}), chat_rl.digest_of(other, {"train": other})}) == 2
+
+
 def test_the_two_forms_of_jsonl(base, tmp_path, capsys):
     """Raw text with a list of solutions, and messages with a label, by the flags for them; the meta keeps these."""
     raw = [{"prompt": f"<|User|>\nWhat is {i} + 2? <|Assistant|><think>\n", "task": "math", "query_id": str(i),
