@@ -1165,7 +1165,7 @@ PRESETS = {
     "lora": dict(matrix_optimizer="adamw", matrix_lr=1e-4, init_lr_frac=1.0),
     "starter": dict(
         task="arithmetic",
-        max_steps=75,
+        max_steps=90,
         examples_per_step=512,
         num_samples=4,
         max_new_tokens=8,
@@ -1174,8 +1174,8 @@ PRESETS = {
         embedding_lr=1.0,
         unembedding_lr=0.2,
         matrix_lr=0.25,
-        eval_every=25,
-        save_every=25,
+        eval_every=30,
+        save_every=30,
     ),
 }
 
