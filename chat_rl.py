@@ -187,7 +187,7 @@ class Run:
     """What a run is, the same on every rank; no tensors."""
 
     flags: Flags
-    questions: list[Example]               # to learn from
+    questions: list[Example]                # to learn from
     tests: dict[str, list[Example]]         # by the name that their metrics bear
     tokenizer: Any
     meta: dict                              # what every checkpoint's meta file says: model config, flags, source, W&B id
@@ -1450,9 +1450,11 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(parents=True, exist_ok=True)
     except BlockingIOError as error:
-        raise UserError(f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its own") from error
+        raise UserError(f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its "
+                        "own") from error
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write to") from error
+        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write "
+                        "to") from error
 
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
