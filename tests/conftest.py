@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -13,11 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn
+from typing import Any, Callable, Iterator
 
 if "CHAT_RL_GPU" not in os.environ:  # these tests are the CPU's; set it to run them with the machine's GPUs in sight
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -27,6 +25,7 @@ import matplotlib.figure  # noqa: E402
 import matplotlib.image  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fork import Fork, default_signals  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -169,8 +168,9 @@ def environment(base: Path, **more: str) -> dict:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Undoes what a run does to the handlers of signals."""
+    """The handlers of signals are those of a new process, and afterwards what they were before."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    default_signals()
     try:
         yield
     finally:
@@ -188,67 +188,6 @@ def main(base: Path, *flags: str) -> int:
             return end.code
 
 
-class Fork:
-    """A script as a program in a process of its own, with the methods of Popen's that are needed. It is a fork of this
-    one, where torch has been imported; chat_rl and gpt it imports anew."""
-
-    def __init__(self, base: Path, script: Path, flags: tuple, out: int, error: int, **more: str):
-        import torch._dynamo  # noqa: F401              # the first optimizer does, for seconds
-        self.returncode, self.pid = None, os.fork()
-        if not self.pid:
-            become(script, [*map(str, flags)], base, environment(base, **more), out, error)
-
-    def poll(self) -> int | None:
-        return self.ended(os.WNOHANG)
-
-    def ended(self, options: int) -> int | None:
-        if self.returncode is None and (found := os.waitpid(self.pid, options))[0]:
-            self.returncode = os.waitstatus_to_exitcode(found[1])
-        return self.returncode
-
-    def wait(self, seconds: float) -> int:
-        end = time.monotonic() + seconds
-        while self.poll() is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a fork", seconds)
-            time.sleep(0.005)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def become(script: Path, flags: list[str], folder: Path, variables: dict, out: int, error: int) -> NoReturn:
-    """Makes of this process, a fork, one that has been started with a script."""
-    status = 1
-    try:
-        os.chdir(folder)
-        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, error)):
-            os.dup2(file, number)
-        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
-            open(number, mode, buffering, encoding="utf-8", closefd=False)
-            for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(variables)
-        sys.argv, sys.path[:0] = [str(script), *flags], [str(script.parent)]
-        for name in ("chat_rl", "gpt"):
-            sys.modules.pop(name, None)
-        runpy.run_path(str(script), run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -256,31 +195,35 @@ def free_port() -> int:
 
 
 @contextmanager
-def forks(base: Path, flags: tuple, ranks: int, script: Path, out: int, error: int,
-          **more: str) -> Iterator[list[Fork]]:
-    """A process for each rank, or one without any. In the end none of them is left."""
+def forks(base: Path, flags: tuple, ranks: int, script: Path, out: Path, error: Path, **more: str) -> Iterator[list[Fork]]:
+    """A process for each rank, or one without any, that print to two files, or to one. In the end none of them is left."""
+    for path in (out, error):
+        path.write_bytes(b"")
     places = [{}]
     if ranks:
         shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(ranks))
         places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
-    processes = [Fork(base, script, flags, out, error, **place, **more) for place in places]
+    draws = matplotlib.figure.Figure.savefig is DRAW
+    processes = [Fork(script, [*map(str, flags)], base, environment(base, **place, **more), out, error, draws)
+                 for place in places]
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.ended(0)
+            process.join()
 
 
 def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.py", status: int | None = 0,
         **more: str) -> subprocess.CompletedProcess:
     """Runs chat_rl.py, or another script, to its end in a fork, or in one for each rank, and checks the exit status
     (None: any). That of ranks is the one furthest from 0, and what they print comes mixed."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-        with forks(base, flags, ranks, script, out.fileno(), error.fileno(), **more) as processes:
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("out", "error")]
+        with forks(base, flags, ranks, script, *files, **more) as processes:
             statuses = [process.wait(300) for process in processes]
-        texts = [os.pread(file.fileno(), 10 ** 7, 0).decode() for file in (out, error)]
+        texts = [file.read_text() for file in files]
     done = subprocess.CompletedProcess([str(script), *flags], max(statuses, key=abs), *texts)
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
@@ -306,8 +249,7 @@ def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.00
 @contextmanager
 def started(base: Path, *flags: str, script: Path = ROOT / "chat_rl.py", **more: str) -> Iterator[Fork]:
     """A process of chat_rl.py, which prints to out.txt. In the end it is not left."""
-    with (open(base / "out.txt", "w") as file,
-          forks(base, flags, 0, script, file.fileno(), file.fileno(), **more) as processes):
+    with forks(base, flags, 0, script, base / "out.txt", base / "out.txt", **more) as processes:
         yield processes[0]
 
 

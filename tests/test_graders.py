@@ -441,6 +441,6 @@ def test_signals_to_the_group_do_not_reach_the_server_and_it_ends_with_the_run(f
 def test_without_math_verify_one_line_says_what_to_do(fresh, monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(chat_rl.UserError, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
+    with pytest.raises(chat_rl.UserError, match=r"pip install math-verify"):
         same_math("5", "10-5")
     assert GRADERS["boxed-math"]("5", boxed("5")) == 1 and GRADERS["boxed-math"]("5", boxed("6")) == 0     # nothing to ask

@@ -93,7 +93,7 @@ def test_ranks_stop_together(base, pair, slow, tmp_path):
     in norm, its metrics within 1e-4."""
     flags, alone = [*RUN, "--save-every=100", "--resume"], tmp_path / "alone"
     for step, numbers in ((2, (0, 1)), (6, (1,))):
-        with open(base / "out.txt", "w") as file, forks(base, flags, 2, slow, file.fileno(), file.fileno()) as ranks:
+        with forks(base, flags, 2, slow, base / "out.txt", base / "out.txt") as ranks:
             reach(ranks[0], base, step)
             for number in numbers:
                 ranks[number].send_signal(signal.SIGTERM)
