@@ -1,6 +1,6 @@
-"""Reinforcement learning for a small chat GPT: from a nanochat checkpoint or a Llama, Qwen 2.5 or Qwen 3 to a better one.
+"""Reinforcement learning for a small chat GPT: from a nanochat checkpoint, a Llama, a Qwen 2.5 or 3 to a better one.
 
-    python chat_rl.py                                       # one GPU, or a CPU; makes its own tiny model if you have none
+    python chat_rl.py                                       # one GPU, or a CPU; makes a tiny model if you have none
     torchrun --nproc_per_node=8 chat_rl.py --model-tag=d24  # eight GPUs
 
 Each step asks a few questions, samples a group of completions to each, rewards each, and takes one step uphill:
@@ -83,14 +83,14 @@ class Flags:
     chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
     chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
     lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)", low=0)
-    task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging Face's "
-                            "models, else gsm8k)")
+    task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging "
+                            "Face's models, else gsm8k)")
     data: str | None = flag(None, "training questions: a hub name, a JSONL file, or a folder with train and test files "
                             "(default: the task's)", resumable=True)
     eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place "
                                  "(default: the test split of --data)", resumable=True)
     prompt_key: str | None = flag(None, "column with the question: text or a list of messages (default: the task's)")
-    answer_key: str | None = flag(None, "column with the reference: text, number, or list of texts (default: the task's)")
+    answer_key: str | None = flag(None, "column with the reference: text, number, list of texts (default: the task's)")
     system: str | None = flag(None, "system text before each question (default: the task's)")
     suffix: str | None = flag(None, "text after each question (default: the task's)")
     prefill: str | None = flag(None, "beginning of each reply (default: the task's)")
@@ -110,8 +110,8 @@ class Flags:
     recompute: bool = flag(False, "compute blocks again in the backward: slower, in less memory", resumable=True)
     updates_per_rollout: int = flag(1, "optimizer steps that a rollout is dealt out to", low=1)
     clip: str = flag("", "PPO's clip of the ratio, such as 0.2, or 0.2,0.28 for low and high (default: none)")
-    max_ratio: float | None = flag(None, "leave out updates with a token's ratio, or its inverse, above this (default: none)",
-                                   low=1.001)
+    max_ratio: float | None = flag(None, "leave out updates with a token's ratio, or its inverse, above this (default: "
+                                   "none)", low=1.001)
     matrix_optimizer: str = flag("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
     embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)", low=0)
     unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)", low=0)
@@ -124,7 +124,7 @@ class Flags:
     eval_samples: int = flag(8, "completions per test question: pass@k for k = 1 … that", low=1)
     save_every: int = flag(60, "steps between checkpoints", low=1, resumable=True)
     keep_last: int = flag(2, "checkpoints that keep optimizer state, to resume from", low=1, resumable=True)
-    resume: bool = flag(False, "go on from the last sound checkpoint of this tag's run, if there is one", resumable=True)
+    resume: bool = flag(False, "go on from the last sound checkpoint of this tag's run, if any", resumable=True)
     seed: int = flag(42, "of the order of questions and of sampling", low=0)
 
 
@@ -160,6 +160,10 @@ class Group:
         """The completions that there is something to learn from, and their advantages."""
         return [(c, advantage) for c, advantage in zip(self.completions, self.advantages) if advantage]
 
+    def num_sampled(self) -> int:
+        """The number of tokens that the policy drew, as opposed to forced ones."""
+        return sum(sum(completion.mask) for completion in self.completions)
+
 
 def reward_of(score: float) -> float:
     """What a completion's score is worth."""
@@ -190,7 +194,7 @@ class Run:
     questions: list[Example]                # to learn from
     tests: dict[str, list[Example]]         # by the name that their metrics bear
     tokenizer: Any
-    meta: dict                              # what every checkpoint's meta file says: model config, flags, source, W&B id
+    meta: dict                              # of every checkpoint: model config, flags, source, W&B id
     out: Path
     num_steps: int
     step: int                               # steps done
@@ -227,7 +231,8 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int(gpt.fold(*counters)))).tolist()
+    generator = torch.Generator().manual_seed(int(gpt.fold(*counters)))
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def prompt_of(example: Example, tokenizer: Any) -> list[int]:
@@ -281,7 +286,8 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
 
 
 def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
-    """What a rollout's metrics are made of, to be added up over the ranks."""
+    """What a rollout's metrics are made of, to be added up over the ranks. The grader's timeouts are counted anew
+    after it."""
     completions = [completion for group in groups for completion in group.completions]
     return {
         "questions": len(groups),
@@ -291,7 +297,7 @@ def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
         "all_wrong": sum(max(group.scores) < 1 for group in groups),
         "tokens": sum(len(c.tokens) for c in completions),
         "truncated": sum(c.tokens[-1] not in stops for c in completions),
-        "sampled": sum(sum(c.mask) for c in completions),
+        "sampled": sum(group.num_sampled() for group in groups),
         "entropy": sum(c.entropy for c in completions),
         "timeouts": forget_timeouts(),
     }
@@ -329,20 +335,22 @@ def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list
     shared among the parts, so that a single one is normalised by all tokens of the step."""
     size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
     mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
-    tokens = {i: sum(sum(c.mask) for c in group.completions) for i, group in mine.items() if group.lessons()}
+    tokens = {i: group.num_sampled() for i, group in mine.items() if group.lessons()}
     tokens = {i: count for part in ranks.everyone(tokens) for i, count in part.items()}
     order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if i in tokens]
     rest = (num_tokens - sum(tokens.values())) / K
-    parts = [sorted(order[k::K]) for k in range(min(K, len(order)))]
-    return [([mine[i] for i in part if i in mine], sum(tokens[i] for i in part) + rest) for part in parts]
+    parts = []
+    for k in range(min(K, len(order))):
+        part = sorted(order[k::K])
+        parts.append(([mine[i] for i in part if i in mine], sum(tokens[i] for i in part) + rest))
+    return parts
 
 
 def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float:
     """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all
     take over. Returns the norm of the gradient; where it is not finite no step is made."""
     ranks.reduce(learner.gradient)
-    norm = learner.gradient.div_(num_tokens).norm().item() if ranks.rank == 0 else 0.0
-    norm = ranks.sum({"norm": norm})["norm"]
+    norm = ranks.share(learner.gradient.div_(num_tokens).norm().item())
     if math.isfinite(norm):
         gpt.step_optimizers(learner.optimizers, run.flags.init_lr_frac * run.lrm)
         ranks.broadcast(learner.weights)
@@ -356,22 +364,23 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_t
     loss = partial(loss_of, low=low, high=high)
     before = learner.weights.clone()
     norms, drifts = [], []                  # of each part: the gradient's norm, log π / π_sampled of its tokens
-    for part, tokens in deal(run, groups, num_tokens, ranks):
+    parts = deal(run, groups, num_tokens, ranks)
+    for part, tokens in parts:
         learner.gradient.zero_()
         drifts.append(backward(learner.model, part, policy, flags.device_batch_size, loss))
         if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
             norms.append(update(run, learner, tokens, ranks))
-    drifts = drifts or [torch.zeros(0)]
-    first = ranks.sum(measure_drift(drifts[0], low, high))
-    total = ranks.sum(measure_drift(torch.cat(drifts), low, high))
+    none = torch.zeros(0, device=before.device)
+    first = ranks.sum(measure_drift(torch.cat([none, *drifts[:1]]), low, high))
+    total = ranks.sum(measure_drift(torch.cat([none, *drifts]), low, high))
     count = max(total["tokens"], 1)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
         "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
         "advantage_tokens": total["tokens"] / num_tokens,
-        "parts_left_out": len(drifts) - len(norms) if total["tokens"] else 0,
+        "parts_left_out": len(parts) - len(norms),
         "sampler_gap": first["gap"] / max(first["tokens"], 1),  # before any update
-        "ratio_max": math.exp(min(ranks.max(max(map(largest, drifts))), 700)),
+        "ratio_max": math.exp(min(ranks.max(max(map(largest, drifts), default=0.0)), 700)),
         "approx_kl": total["kl"] / count,
         "clip_fraction": total["clipped"] / count,
     }
@@ -591,7 +600,7 @@ def start_server() -> subprocess.Popen:
         env={**os.environ, "PYTHONHASHSEED": "0"},
     )
     if not server.stdout.readline():
-        raise UserError("this grader needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+        raise UserError("this grader needs math-verify: pip install math-verify")
     return server
 
 
@@ -672,7 +681,8 @@ def make_sums() -> dict[str, list[dict]]:
     """Sums of two numbers below 100. The test pairs are held out in both orders."""
     pairs = list(itertools.combinations_with_replacement(range(100), 2))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out, rest = [pairs[i] for i in order[:400]], [pairs[i] for i in order[400:]]
+    held_out = [pairs[i] for i in order[:400]]
+    rest = [pairs[i] for i in order[400:]]
     swapped = [(b, a) for a, b in rest]
 
     def ask(pairs: list[tuple[int, int]]) -> list[dict]:
@@ -705,8 +715,8 @@ def fetch_math() -> dict[str, list[dict]]:
 BOX_NUMBER = r" Provide a numerical answer without units, written inside \boxed{}."
 BOX_MATH = r" Write your answer in \boxed{} format."
 THINK = (
-    "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, between "
-    "<answer> and </answer>. Only what stands between the answer tags is scored."
+    "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, "
+    "between <answer> and </answer>. Only what stands between the answer tags is scored."
 )
 TASKS = {
     "arithmetic": Task(make_sums, GRADERS["exact"]),
@@ -759,8 +769,8 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
         else:
             unread.append(place)
     if unread:
-        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the first "
-            f"in {unread[0]}")
+        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, "
+            f"the first in {unread[0]}")
     if not examples:
         what = "questions with references that the grader can read" if rows else "questions"
         raise UserError(f"{where} has no {what}: pass --data (or --eval-data) another place, or another --grader")
@@ -784,8 +794,8 @@ def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     roles = " ".join(str(m.get("role")) for m in messages)
     texts = all(isinstance(m.get("content"), str) for m in messages)
     if not texts or not re.fullmatch(rf"(system )?((user|assistant) )*{last}", roles):
-        raise UserError(f"{place} is no list of messages with a role (system for the first alone, user, assistant) and a "
-                        f"content that ends with the {last}'s: mend it")
+        raise UserError(f"{place} is no list of messages with a role (system for the first alone, user, assistant) and "
+                        f"a content that ends with the {last}'s: mend it")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
@@ -1068,12 +1078,12 @@ def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
     return row if math.isfinite(metrics["grad_norm"]) else row + "  a gradient is not finite: its update is left out"
 
 
-def sparkline(values: list[float], width: int = 60) -> str:
-    """Values as bars, at most `width` of them, each the mean of its share."""
-    share = math.ceil(len(values) / width)
-    means = [statistics.fmean(part) for part in batched(values, share)]
+def sparkline(values: list[float]) -> str:
+    """Values as bars, at most 60 of them, each the mean of its share."""
+    means = [statistics.fmean(part) for part in batched(values, math.ceil(len(values) / 60))]
     low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (x - low) / (high - low or 1))] for x in means)
+    scale = 7.99 / (high - low or 1)
+    return "".join("▁▂▃▄▅▆▇█"[int(scale * (x - low))] for x in means)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1096,16 +1106,17 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
 
 
 def teach(
-    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, optimizers: list, max_steps: int = 1000
+    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, optimizers: list
 ) -> int:
     """Supervised learning of the references, `size` questions a step, until the model's own completions score
-    `goal`. It is the update of RL, with one completion per question and the whole softmax for a policy. Returns the
-    number of steps."""
+    `goal`, or for 1,000 steps. It is the update of RL, with one completion per question and the whole softmax for a
+    policy. Returns the number of steps."""
     _, gradient = gpt.flatten(model)
     sampler, policy = Sampler(model, tokenizer), Policy(1.0, 0, model.config.softcap)
+    asked = examples[:: max(1, len(examples) // 400)]
     generator = torch.Generator().manual_seed(0)
-    for step in tqdm(range(max_steps), desc="starter", unit="step", leave=False, disable=None):
-        if step % 5 == 0 and ability(sampler, examples[:: max(1, len(examples) // 400)], policy) >= goal:
+    for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
+        if step % 5 == 0 and ability(sampler, asked, policy) >= goal:
             return step
         picks = torch.randint(len(examples), (size,), generator=generator).tolist()
         groups = [lesson_of(examples[i], tokenizer) for i in picks]
@@ -1113,7 +1124,7 @@ def teach(
         gradient /= len(backward(model, groups, policy, size, imitate))
         gpt.step_optimizers(optimizers, 1.0)
         sampler.refresh()
-    return max_steps
+    return 1000
 
 
 def lesson_of(example: Example, tokenizer: Any) -> Group:
@@ -1206,11 +1217,16 @@ def parse_flags(argv: list[str]) -> dict:
     return given
 
 
+def find_tags(base: Path) -> dict[str, float]:
+    """nanochat's SFT checkpoints, and the time that each was written at."""
+    files = base.glob("chatsft_checkpoints/*/model_*.pt")
+    return {path.parent.name: path.parent.stat().st_mtime for path in files}
+
+
 def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     """The folder that --model-tag names, which may not be there, and the name of its runs; no folder for a hub
     name."""
-    folder = base / "chatsft_checkpoints"
-    tags = {path.parent.name: path.parent.stat().st_mtime for path in folder.glob("*/model_*.pt")}
+    tags = find_tags(base)
 
     def size_and_age(tag: str) -> tuple[int, float]:
         depth = re.match(r"d(\d+)", tag)
@@ -1219,7 +1235,7 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     if tag is None:                         # as nanochat chooses: the largest d<N>, or else the newest
         tag = max(tags, key=size_and_age, default="starter")
     if tag in (*tags, "starter"):
-        return folder / tag, tag
+        return base / "chatsft_checkpoints" / tag, tag
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
         return None, tag.partition("/")[2]
     path = Path(tag).resolve()
@@ -1286,17 +1302,17 @@ def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> F
     return replace(flags, dtype=flags.dtype or ("bfloat16" if fast else "float32"))
 
 
-def load_source(source: Path, base: Path, flags: Flags, device: torch.device) -> tuple[GPT, Any, dict]:
+def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch.device) -> tuple[GPT, Any, dict]:
     """The model, tokenizer and meta to begin with; makes the starter where it is asked for and not there. Raises
     UserError."""
-    tags = {path.parent.name for path in base.glob("chatsft_checkpoints/*/model_*.pt")} | {"starter"}
-    if source == base / "chatsft_checkpoints" / "starter" and not gpt.checkpoint_steps(source):
-        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag names "
-            "another one")
+    tags = ", ".join(sorted({*find_tags(base), "starter"}))
+    if kind == "starter" and not gpt.checkpoint_steps(source):
+        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
+            "names another one")
         make_starter(source)
     elif not source.is_dir():
         raise UserError(f"no model tag {flags.model_tag} in {base / 'chatsft_checkpoints'}: choose one of "
-                        f"{', '.join(sorted(tags))}, a folder with model_*.pt or config.json and *.safetensors, or a hub name")
+                        f"{tags}, a folder with model_*.pt or config.json and *.safetensors, or a hub name")
     _, step = gpt.find_checkpoint(source, flags.model_step)
     if step is None and flags.model_step is not None:
         raise UserError(f"--model-step {flags.model_step}: {source} holds one model, of no step: leave the flag out")
@@ -1330,8 +1346,8 @@ def check_same_source(meta: dict, source: Path, step: int | None) -> None:
     for path in files:
         gpt.read_file(path, digests)
     if sorted(digests.values()) != meta["source"]["sha256"]:
-        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out --resume "
-                        "to begin anew")
+        raise UserError(f"--resume: --model-tag {source} is not the checkpoint that the run began with: leave out "
+                        "--resume to begin anew")
 
 
 def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
@@ -1341,11 +1357,12 @@ def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
 
 
 def keep_short(examples: list[Example], name: str, tokenizer: Any, limit: int) -> list[Example]:
-    """The examples whose prompts are no longer than `limit` tokens; says how many are."""
+    """The examples whose prompts are no longer than `limit` tokens; says how many are left out."""
     short = [example for example in examples if len(prompt_of(example, tokenizer)) <= limit]
     if len(short) < len(examples):
         say(
-            f"{len(examples) - len(short)} of {len(examples)} {name} questions are longer than {limit} tokens and left out"
+            f"{len(examples) - len(short)} of {len(examples)} {name} questions are longer than {limit} tokens and left "
+            "out"
         )
     return short
 
@@ -1383,7 +1400,7 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
         model, tokenizer, meta, training = resumed
         check_same_source(meta, source or Path(meta["source"]["path"]), given.get("model_step"))
     else:
-        model, tokenizer, meta = load_source(source, base, flags, ranks.device)
+        model, tokenizer, meta = load_source(source, base, kind, flags, ranks.device)
     meta["flags"] = asdict(flags)
     model.recompute = flags.recompute
     set_template(tokenizer, flags, meta)
@@ -1412,7 +1429,8 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
 
 def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
-    before anything is written, on what is amiss. The run's folder stays locked as long as the stack is open."""
+    before anything but the starter is written, on what is amiss. The run's folder stays locked as
+    long as the stack is open."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
@@ -1539,7 +1557,8 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
             break
         spent += metrics["rollout_seconds"] + metrics["update_seconds"]
         if log:
-            say(step_row(run, metrics, spent / (run.step + 1 - first) * (run.num_steps - run.step - 1)))
+            seconds = spent / (run.step + 1 - first)
+            say(step_row(run, metrics, seconds * (run.num_steps - run.step - 1)))
             log.write({"step": run.step, **metrics})
             advise(log.lines)
         failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1

@@ -204,7 +204,7 @@ class Prefix(NamedTuple):
         return Prefix(lengths, hidden, embed, self.kv.index_select(2, index))
 
     def leaves(self) -> "Prefix":
-        """Copies cut off from the graph, to run completions on and to collect their gradients."""
+        """The same, cut off from the graph, to run completions on and to collect their gradients."""
         return Prefix(self.lengths, *(x.detach().requires_grad_() for x in self[1:]))
 
     def backward(self, leaves: "Prefix") -> None:
