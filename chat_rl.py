@@ -925,7 +925,7 @@ class Log:
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         self.wandb = self.tensorboard = None
         self.lines = [line for line in read_lines(self.path) if line["step"] < run.step]
-        gpt.write_file(self.path, lambda file: file.write(b"".join(map(json_line, self.lines))))
+        gpt.write_file(self.path, b"".join(map(json_line, self.lines)))
         if run.flags.run != "dummy":
             self.tell_wandb(lambda: self.start_wandb(run))
         if run.flags.tensorboard:
@@ -988,7 +988,7 @@ class Log:
             for name, part in groups.items()
             for group in part
         ]
-        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", lambda file: file.write(b"".join(map(json_line, rows))))
+        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", b"".join(map(json_line, rows)))
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
         scores = [[score >= 1 for score in group.scores] for part in groups.values() for group in part]
@@ -1402,7 +1402,6 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
     else:
         model, tokenizer, meta = load_source(source, base, kind, flags, ranks.device)
     meta["flags"] = asdict(flags)
-    model.recompute = flags.recompute
     set_template(tokenizer, flags, meta)
     return flags, model, tokenizer, meta, training
 
@@ -1478,11 +1477,11 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's state of it; as a resumed run left it."""
     training = state.get("training")
-    model = gpt.share_model(state.get("model"), ranks)
     if training:
-        model.load_state_dict(training["masters"], strict=False)
+        state["model"].load_state_dict(training["masters"], strict=False)
+    model = gpt.share_model(state.get("model"), ranks)
+    model.recompute = run.flags.recompute
     weights, gradient = gpt.flatten(model)
-    ranks.broadcast(weights)
     settings = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_optimizer")
     given = {name: getattr(run.flags, name) for name in settings}
     optimizers = gpt.make_optimizers(model, **given) if ranks.rank == 0 else []

@@ -28,7 +28,7 @@ from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import huggingface_hub
 import jinja2
@@ -73,7 +73,7 @@ class Interrupted(BaseException):
 
 
 def find_device(device_type: str) -> torch.device:
-    """The device of that type, or else the best there is. Raises UserError where it is not there."""
+    """The device of that type, by default the best there is. Raises UserError where it is not there."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(device_type or best)
     if device.type not in ("cpu", best.type):
@@ -88,7 +88,7 @@ class Ranks:
     """The processes of a run, each with a share of every step's questions; one where torchrun did not start it.
 
     Rank 0 alone reads checkpoints and data, steps the optimizers, prints and saves. A first SIGTERM, SIGINT or SIGHUP
-    cuts `attempt`s short and lets all ranks stop together, a second one ends the process at once.
+    cuts `attempt`s short and lets all ranks stop together; another one, a second later, ends the process at once.
     """
 
     TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
@@ -205,13 +205,20 @@ class Prefix(NamedTuple):
 
     def leaves(self) -> "Prefix":
         """The same, cut off from the graph, to run completions on and to collect their gradients."""
-        return Prefix(self.lengths, *(x.detach().requires_grad_() for x in self[1:]))
+        return Prefix(*(x.detach().requires_grad_(x.requires_grad) for x in self))
 
     def backward(self, leaves: "Prefix") -> None:
         """Sends the gradients that the leaves have collected back through the questions."""
-        pairs = zip(self[1:], leaves[1:])
-        ends = [(x, leaf.grad) for x, leaf in pairs if x.requires_grad and leaf.grad is not None]
+        ends = [(x, leaf.grad) for x, leaf in zip(self, leaves) if leaf.grad is not None]
         torch.autograd.backward(*zip(*ends))
+
+
+def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T), (B or 1, Lp + S):
+    (B or 1, 1, T, Lp + S)."""
+    distance = (queries.unsqueeze(2) - keys.unsqueeze(1)).unsqueeze(1)
+    unseen = (distance < 0) | (distance > window)
+    return torch.zeros_like(distance, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
 
 class Cache:
@@ -245,23 +252,15 @@ class Cache:
     def to_device(self, index: numpy.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Positions of all own tokens, the new ones ids (B, T) included, from the question's start: (B or 1, S)."""
-        own = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
-        return own if self.prefix is None else own + self.starts.unsqueeze(1)
-
-    def mask(self, positions: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-        """0 where a new token sees a key (0 ≤ distance ≤ window), else −inf: (B or 1, 1, T, Lp + S)."""
-        keys = positions
-        queries = positions[:, self.size :]
+    def positions(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """From the question's start, those of the new tokens ids (B, T), (B or 1, T), and of all keys, beyond all reach
+        where they are padding, (B or 1, Lp + S)."""
+        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
         if self.prefix is not None:
-            shared = torch.arange(self.prefix.kv.size(4), device=keys.device)
-            padding = shared >= self.starts.unsqueeze(1)
-            keys = torch.cat([shared.masked_fill(padding, 2**40), keys], dim=1)
-        distance = queries.unsqueeze(2) - keys.unsqueeze(1)
-        unseen = (distance < 0) | (distance > window)
-        mask = distance.new_zeros(distance.shape, dtype=dtype)
-        return mask.masked_fill_(unseen, -torch.inf).unsqueeze(1)
+            starts = self.starts.unsqueeze(1)
+            shared = torch.arange(self.prefix.kv.size(4), device=ids.device)
+            keys = torch.cat([shared.masked_fill(shared >= starts, 2**40), starts + keys], dim=1)
+        return keys[:, keys.size(1) - ids.size(1) :], keys
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
@@ -277,8 +276,9 @@ class Cache:
             end = self.size + k.size(2)
             self.room[layer, :, :, :, self.size : end] = own
             return self.attend_in_groups(q * scale, self.shared[layer], self.room[layer, :, :, :, :end], mask)
-        self.own.setdefault(layer, own)     # not what a block leaves that runs again in a backward
-        if self.prefix is not None:
+        if self.prefix is None:
+            self.own.setdefault(layer, own)  # a block that runs again in a backward leaves nothing new
+        else:
             own = torch.cat([self.shared[layer], own], dim=3)
         # CUDA's kernels that keep no scores take a mask or grouped heads, not both
         k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
@@ -508,8 +508,8 @@ class Norm(nn.RMSNorm):
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
 
-def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (B, 1, T, D/2) each."""
+def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (2, B, 1, T, D/2)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling:
@@ -519,9 +519,7 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
     rounding = torch.bfloat16 if config.rope_rounded else dtype
-    cos = angles.cos()
-    sin = config.rope_sign * angles.sin()
-    return cos.to(rounding).to(dtype), sin.to(rounding).to(dtype)
+    return torch.stack([angles.cos(), config.rope_sign * angles.sin()]).to(rounding).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -550,14 +548,14 @@ class Attention(nn.Module):
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
             self.ve_gate = Linear(config.value_gate, G)
 
-    def forward(self, x: Tensor, value: Tensor | None, rope: tuple, mask: Tensor, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor | None, rope: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """x (B, T, C) after its norm, value (B, T, G·D) or None, mask (B or 1, 1, T, Lp + S) -> (B, T, C)."""
         c = self.config
-        heads = [linear(x).unflatten(-1, (-1, c.head_dim)) for linear in (self.c_q, self.c_k, self.c_v)]
+        q, k, v = (linear(x).unflatten(-1, (-1, c.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
         if value is not None:
             gate = c.value_scale * torch.sigmoid(self.ve_gate(x[..., : c.value_gate]))
-            heads[2] = heads[2] + gate.unsqueeze(-1) * value.view_as(heads[2])
-        q, k, v = (head.transpose(1, 2) for head in heads)
+            v = v + gate.unsqueeze(-1) * value.view_as(v)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if c.qk_norm == "before":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -597,8 +595,10 @@ class Block(nn.Module):
 
 
 def recomputed(work: Callable, when: bool) -> Callable:
-    """The work; done again in the backward, to save memory, rather than remembered."""
-    return partial(checkpoint, work, use_reentrant=False, preserve_rng_state=False) if when else work
+    """The work, or one that a backward runs again instead of keeping what it made."""
+    if not (when and torch.is_grad_enabled()):
+        return work
+    return partial(checkpoint, work, use_reentrant=False, preserve_rng_state=False)
 
 
 class GPT(nn.Module):
@@ -667,10 +667,10 @@ class GPT(nn.Module):
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache = cache or Cache()
         config = self.config
-        positions = cache.positions(ids)
-        rope = rope_of(config, positions[:, cache.size :], self.dtype)
+        queries, keys = cache.positions(ids)
+        rope = rope_of(config, queries, self.dtype)
         windows = config.windows or (2**30,) * config.n_layer
-        masks = {window: cache.mask(positions, window, self.dtype) for window in set(windows)}
+        masks = {window: mask_of(queries, keys, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids).to(self.dtype)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
@@ -683,7 +683,7 @@ class GPT(nn.Module):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
-            run = recomputed(block, self.recompute and torch.is_grad_enabled())
+            run = recomputed(block, self.recompute)
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
@@ -759,7 +759,7 @@ def calculate(expression: str) -> str | None:
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
-        return str(int(value))
+        return str(value)
     text = format(Decimal(f"{value:.10g}"), "f")
     return "0" if text == "-0" else text
 
@@ -987,10 +987,12 @@ class Policy:
 LOGITS_AT_ONCE = 2**24
 
 
-def pieces(model: GPT, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors (M, …), cut so that the logits of a piece are no more than LOGITS_AT_ONCE numbers."""
+def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list:
+    """work(logits, other) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more than
+    LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
-    return list(zip(*(x.split(size) for x in tensors)))
+    run = recomputed(lambda hidden, other: work(model.unembed(hidden), other), len(hidden) > size)
+    return list(map(run, hidden.split(size), other.split(size)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1009,14 +1011,14 @@ class Completion:
 
 def mix(x: Tensor) -> Tensor:
     """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
-    return x ^ ((x >> 31) & (2**33 - 1))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x
 
 
 def fold(*counters: int | Tensor) -> Tensor:
     """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
-    state = torch.zeros((), dtype=torch.int64)
+    state = torch.tensor(0)
     for counter in counters:
         state = mix((state + (0x9E3779B97F4A7C15 - 2**64)) ^ torch.as_tensor(counter))
     return state
@@ -1025,12 +1027,6 @@ def fold(*counters: int | Tensor) -> Tensor:
 def to_uniform(x: Tensor) -> Tensor:
     """Random int64 -> float32 in [0, 1)."""
     return ((x >> 40) & (2**24 - 1)).float() / 2**24
-
-
-def streams(seed: int, keys: Iterable[int], num_samples: int, device: torch.device) -> Tensor:
-    """A stream of random numbers for each sample of each key: (P·N,)."""
-    names = torch.tensor(list(keys), device=device)
-    return fold(seed, names.unsqueeze(1), torch.arange(num_samples, device=device)).flatten()
 
 
 class Transcript:
@@ -1085,7 +1081,7 @@ class Sampler:
 
     def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
         """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
-        drawn = [policy.draw(self.model.unembed(h), u) for h, u in pieces(self.model, hidden, uniform)]
+        drawn = in_pieces(self.model, policy.draw, hidden, uniform)
         return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
     @torch.inference_mode()
@@ -1110,10 +1106,10 @@ class Sampler:
         reach = self.model.config.max_positions
         if longest > reach:
             raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
-        prefix = prefix_of(self.model, prompts)
-        cache = Cache(prefix, num_samples, max_new_tokens)
-        hidden = prefix.hidden.repeat_interleave(num_samples, dim=0)
-        stream = streams(seed, keys or range(len(prompts)), num_samples, hidden.device)
+        cache = Cache(prefix_of(self.model, prompts), num_samples, max_new_tokens)
+        hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
+        names = torch.tensor(keys or range(len(prompts)), device=hidden.device).unsqueeze(1)
+        stream = fold(seed, names, torch.arange(num_samples, device=hidden.device)).flatten()
         rows = numpy.arange(len(hidden))    # those in the cache
         transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
         for t in range(max_new_tokens):
@@ -1141,13 +1137,8 @@ def completion_logprobs(
     sampled = pad([c.mask for c in completions], model.device)
     hidden = model(tokens[:, :-1], Cache(prefix))
     hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
-
-    def logprobs(hidden: Tensor, tokens: Tensor) -> Tensor:
-        return policy.logprobs(model.unembed(hidden), tokens)
-
-    parts = pieces(model, hidden[sampled], tokens[sampled])
-    run = recomputed(logprobs, len(parts) > 1)  # logits are made again
-    return torch.cat([run(*part) for part in parts]), sampled.nonzero()[:, 0]
+    logprobs = in_pieces(model, policy.logprobs, hidden[sampled], tokens[sampled])
+    return torch.cat(logprobs), sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1191,6 +1182,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 COPY_AGAIN = "copy it here again"
+DAMAGED = "it is damaged: not what was written"
 
 
 class HashedFile:
@@ -1207,13 +1199,17 @@ class HashedFile:
         self.file.flush()
 
 
-def write_file(path: Path, write: Callable) -> str:
-    """A file appears whole or not at all: written beside, flushed to disk, renamed. Returns its digest."""
+def write_file(path: Path, content: Any) -> str:
+    """A file of bytes, of tensors (safetensors), or of what a function writes appears whole or not at all: written
+    beside, flushed to disk, renamed. Returns its digest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        content = safetensors.torch.save(content, {"format": "pt"})
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             hashed = HashedFile(file)
-            write(hashed)
+            content(hashed) if callable(content) else hashed.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1230,9 +1226,9 @@ def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
     UserError, naming the file, where it is missing, empty or not as it was written."""
     with blaming(f"{path} cannot be read", COPY_AGAIN), open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    digest = hashlib.sha256(content).hexdigest()
-    if digests.setdefault(path.name, digest) != digest:
-        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
+        digest = hashlib.sha256(content).hexdigest()
+        if digests.setdefault(path.name, digest) != digest:
+            raise ValueError(DAMAGED)
     return content
 
 
@@ -1268,10 +1264,9 @@ def load_meta(path: Path) -> dict:
     """A meta file. Raises UserError, naming it, where it is damaged or none."""
     with blaming(f"{path} is no nanochat meta file", COPY_AGAIN):
         meta = json.loads(path.read_text())
-        sound = meta.get("seal", seal(meta)) == seal(meta)
         meta["model_config"]["vocab_size"]
-    if not sound:
-        raise UserError(f"{path} is damaged, it is not what was written: {COPY_AGAIN}")
+        if meta.get("seal", seal(meta)) != seal(meta):
+            raise ValueError(DAMAGED)
     return meta
 
 
@@ -1285,13 +1280,6 @@ def find_tokenizer(directory: Path) -> Path:
     raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
 
 
-def load_tokenizer(path: Path, digests: dict[str, str]) -> Tokenizer:
-    """Raises UserError, naming the file, where it is none of nanochat's."""
-    content = read_file(path, digests)
-    with blaming(f"{path} is no nanochat tokenizer", COPY_AGAIN):
-        return Tokenizer(PlainUnpickler(content).load())
-
-
 def detect_generation(state: dict[str, Tensor]) -> str:
     """The generation of nanochat's model that a state dict belongs to, by its keys. Raises ValueError."""
     gate = next((w.size(1) for key, w in state.items() if key.endswith("ve_gate.weight")), 0)
@@ -1303,7 +1291,9 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 
 def load_nanochat(path: Path, meta: dict) -> tuple[Config, dict, Tokenizer]:
     """The architecture, weights and tokenizer of nanochat's model file with that meta."""
-    tokenizer = load_tokenizer(find_tokenizer(path.parent), meta["sha256"])
+    place = find_tokenizer(path.parent)
+    with blaming(f"{place} is no nanochat tokenizer", COPY_AGAIN):
+        tokenizer = Tokenizer(PlainUnpickler(read_file(place, meta["sha256"])).load())
     vocab_size = meta["model_config"]["vocab_size"]
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -1446,10 +1436,7 @@ def saved_weights(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-Contents = dict[str, bytes | dict[str, Tensor]]  # of a folder: bytes, or tensors that become safetensors
-
-
-def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> Contents:
+def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> dict:
     """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
     bytes (or of one tensor) and their index."""
     names = huggingface_names(config.n_layer)
@@ -1462,40 +1449,21 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
     return files
 
 
-def adapter_files(adapters: dict[str, Tensor], base: str, config: Config) -> Contents:
-    """PEFT's folder of the adapters, of their names in GPT, to a model that is found at `base`."""
-    names = huggingface_names(config.n_layer)
-    tensors = {f"base_model.model.{names[key]}": x for key, x in adapters.items()}
+def adapter_files(model: GPT, base: str) -> dict:
+    """PEFT's folder of the model's adapters, to a model that is found at `base`."""
+    names = huggingface_names(model.config.n_layer)
+    state = model.state_dict()
+    tensors = {f"base_model.model.{names[key]}": state[key].cpu() for key in state if "lora_" in key}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.lora_rank,
+        "r": model.config.lora_rank,
         "lora_alpha": LORA_ALPHA,
         "target_modules": sorted({name.split(".")[-3] for name in tensors}),
     }
-    return {"adapter_config.json": json.dumps(settings, indent=2).encode(), "adapter_model.safetensors": tensors}
-
-
-def checkpoint_contents(step: int, model: GPT, tokenizer: Any, base: str) -> dict[str, Any]:
-    """What a checkpoint consists of: names in its folder, and what is to be written there."""
-    state = saved_weights(model)
-    if isinstance(tokenizer, Tokenizer):
-        return {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
-    contents = {**tokenizer.files, **weight_files(state, model.config)}
-    if model.config.lora_rank:
-        adapters = {key: x.cpu() for key, x in model.state_dict().items() if "lora_" in key}
-        files = adapter_files(adapters, base, model.config)
-        contents |= {f"adapter/{name}": content for name, content in files.items()}
-    return {f"{step:06d}/{name}": content for name, content in contents.items()}
-
-
-def write_content(content: Any, file: Any) -> None:
-    """Bytes, tensors that become safetensors, or a function that writes."""
-    if callable(content):
-        content(file)
-    else:
-        file.write(content if isinstance(content, bytes) else safetensors.torch.save(content, {"format": "pt"}))
+    config = json.dumps(settings, indent=2).encode()
+    return {"adapter/adapter_config.json": config, "adapter/adapter_model.safetensors": tensors}
 
 
 def save_checkpoint(
@@ -1504,20 +1472,26 @@ def save_checkpoint(
     """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
     or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
     where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
-    the types that they were loaded with; an adapter's base is the path of the meta's `source`. Raises OSError, leaving
-    earlier checkpoints as they were."""
+    the types that they were loaded with, those that adapters froze after rounding to the arithmetic's; an adapter's
+    base is the path of the meta's `source`. Raises OSError, leaving earlier checkpoints as they were."""
     meta = {**meta, "step": step, "sha256": {}}
-    parts = [checkpoint_contents(step, model, tokenizer, meta.get("source", {}).get("path", ""))]
+    state = saved_weights(model)
+    contents = {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
+    if isinstance(tokenizer, ChatTokenizer):
+        contents = {**tokenizer.files, **weight_files(state, model.config)}
+        if model.config.lora_rank:
+            contents |= adapter_files(model, meta.get("source", {}).get("path", ""))
+        contents = {f"{step:06d}/{name}": content for name, content in contents.items()}
+    parts = [contents]
     if training is not None:
         parts.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
     for part in parts:
         for name, content in part.items():
             path = Path(directory, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            meta["sha256"][path.name] = write_file(path, partial(write_content, content))
+            meta["sha256"][path.name] = write_file(path, content)
         meta["seal"] = seal(meta)
         text = json.dumps(meta, indent=2).encode()
-        write_file(Path(directory, f"meta_{step:06d}.json"), partial(write_content, text))
+        write_file(Path(directory, f"meta_{step:06d}.json"), text)
 
 
 def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
@@ -1527,21 +1501,17 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
         raise UserError(f"the meta file of {path} is damaged: it has no seal")
     if path.name not in meta["sha256"]:
         raise UserError(f"{path} was not written to its end")
-    content = read_file(path, meta["sha256"])
-    with blaming(f"{path} cannot be loaded", COPY_AGAIN):
-        return torch.load(content, map_location=device, weights_only=True)
+    return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
 
 
 def find_hub_folder(name: str) -> Path:
     """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
     can be fetched, or is there in part."""
-    mend = "fetch it elsewhere and give its folder to --model-tag"
     wanted = [*FILES, "*.safetensors", "*.index.json"]
-    with blaming(f"{name} is no folder and cannot be had from the hub", mend):
+    with blaming(f"{name} is no folder and cannot be had from the hub", "go online, or give a folder to --model-tag"):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    for path in folder.iterdir():
-        if not path.exists():
-            raise UserError(f"the cached {name} is incomplete, {path} is missing: go online, or {mend}")
+        for path in folder.iterdir():
+            path.stat()                     # of what is cached in part some links lead nowhere
     return folder
 
 
@@ -1549,7 +1519,7 @@ def find_hub_folder(name: str) -> Path:
 # Optimizers
 
 # Quintic polynomials that take singular values to 1, fastest in the worst case (Polar Express, Amsel et al. 2025, arXiv
-# 2505.16932), with the paper's safety factor of 1.01 in all but the input's norm.
+# 2505.16932), with the paper's safety factor of 1.01, here and on the norm in `orthogonalize`.
 POLAR_EXPRESS = [
     (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in (
@@ -1638,11 +1608,10 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     """Moves the parameters into one vector, of which they become views, and gives them gradients that are views of
     another. Returns both: ranks add up the one and send round the other in one call."""
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = torch.cat([p.detach().flatten() for p in params])
+    weights = nn.utils.parameters_to_vector(params).detach()
+    nn.utils.vector_to_parameters(weights, params)
     gradient = torch.zeros_like(weights)
-    sizes = [p.numel() for p in params]
-    for p, x, g in zip(params, weights.split(sizes), gradient.split(sizes)):
-        p.data = x.view_as(p)
+    for p, g in zip(params, gradient.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
     return weights, gradient
 
@@ -1657,9 +1626,8 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) ->
 
 def share_model(model: GPT | None, ranks: Ranks) -> GPT:
     """Rank 0's model on every rank."""
-    config, dtype, recompute = ranks.share(model and (model.config, model.dtype, model.recompute))
+    config, dtype = ranks.share(model and (model.config, model.dtype))
     model = model or empty_model(config, dtype).to_empty(device=ranks.device)
-    model.recompute = recompute
     for p in model.parameters():
         ranks.broadcast(p.data)
     return model

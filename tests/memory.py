@@ -37,8 +37,8 @@ def memory(c: Config, itemsize: int, rollout_rows: int, num_samples: int, prompt
     tokens = batch * (prompt + new)                         # as many questions as rows run at once, and as many completions
     logits = 4 * 4 * max(c.vocab_rows, min(gpt.LOGITS_AT_ONCE, batch * new * c.vocab_rows))     # with what is made of them
     read = 4 * kv * L * batch * prompt                      # copies of the questions' keys and values, and their gradients
-    if recompute:                                           # a block's input, keys and values; one block, when no logits are left
-        kept = tokens * L * (c.n_embd * itemsize + kv) + max(batch * new * block + cast / L - logits, 0)
+    if recompute:                                           # a block's input, the questions' keys and values; one block, when no
+        kept = L * (tokens * c.n_embd * itemsize + batch * prompt * kv) + max(batch * new * block + cast / L - logits, 0)
     else:                                                   # and the questions' keys and values of all heads
         kept = tokens * L * block + 2 * cast + 2 * c.n_head * c.head_dim * itemsize * L * batch * prompt
     table = c.vocab_rows * c.n_embd * (itemsize * halved + 4) * (not c.lora_rank)           # a cast of it, and its gradient
