@@ -160,10 +160,6 @@ class Group:
         """The completions that there is something to learn from, and their advantages."""
         return [(c, advantage) for c, advantage in zip(self.completions, self.advantages) if advantage]
 
-    def num_sampled(self) -> int:
-        """The number of tokens that the policy drew, as opposed to forced ones."""
-        return sum(sum(completion.mask) for completion in self.completions)
-
 
 def reward_of(score: float) -> float:
     """What a completion's score is worth."""
@@ -285,22 +281,34 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
 
 
-def tally(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
-    """What a rollout's metrics are made of, to be added up over the ranks. The grader's timeouts are counted anew
-    after it."""
+def ask(
+    run: Run, learner: Learner, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str,
+    ranks: Ranks,
+) -> list[Group]:
+    """Samples and grades, each rank its share of the examples. Returns the groups of all ranks, in the examples'
+    order; [] where a signal cut it short."""
+    mine = examples[ranks.rank :: ranks.size]
+    groups = ranks.attempt(lambda: grade(run, rollout(run, learner.sampler, mine, num_samples, policy, seed, title)))
+    return [] if ranks.stopping() else ranks.gather(groups)
+
+
+def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
+    """Means over the completions, the questions or the sampled tokens of a rollout."""
     completions = [completion for group in groups for completion in group.completions]
+    mean = statistics.fmean
     return {
-        "questions": len(groups),
-        "completions": len(completions),
-        "reward": sum(sum(group.rewards) for group in groups),
-        "all_right": sum(min(group.scores) >= 1 for group in groups),
-        "all_wrong": sum(max(group.scores) < 1 for group in groups),
-        "tokens": sum(len(c.tokens) for c in completions),
-        "truncated": sum(c.tokens[-1] not in stops for c in completions),
-        "sampled": sum(group.num_sampled() for group in groups),
-        "entropy": sum(c.entropy for c in completions),
-        "timeouts": forget_timeouts(),
+        "reward": mean(reward for group in groups for reward in group.rewards),
+        "all_right": mean(min(group.scores) >= 1 for group in groups),
+        "all_wrong": mean(max(group.scores) < 1 for group in groups),
+        "completion_length": mean(len(c.tokens) for c in completions),
+        "truncated": mean(c.tokens[-1] not in stops for c in completions),
+        "entropy": sum(c.entropy for c in completions) / num_sampled(groups),
     }
+
+
+def num_sampled(groups: list[Group]) -> int:
+    """The number of tokens that the policy drew, as opposed to forced ones."""
+    return sum(sum(completion.mask) for group in groups for completion in group.completions)
 
 
 def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> Tensor:
@@ -329,20 +337,17 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
     return torch.cat(log_ratios)
 
 
-def deal(run: Run, groups: list[Group], num_tokens: float, ranks: Ranks) -> list[tuple[list[Group], float]]:
-    """The step's groups that have an advantage, of all ranks, dealt into parts by (seed, step) alone: of each part
-    this rank's groups, and the number of sampled tokens that it is normalised by. Those of the groups left out are
-    shared among the parts, so that a single one is normalised by all tokens of the step."""
-    size, K = run.flags.examples_per_step, run.flags.updates_per_rollout
-    mine = dict(zip(range(ranks.rank, size, ranks.size), groups))
-    tokens = {i: group.num_sampled() for i, group in mine.items() if group.lessons()}
-    tokens = {i: count for part in ranks.everyone(tokens) for i, count in part.items()}
-    order = [i for i in shuffled(size, run.flags.seed, DEALING, run.step) if i in tokens]
-    rest = (num_tokens - sum(tokens.values())) / K
+def deal(run: Run, groups: list[Group]) -> list[tuple[list[Group], float]]:
+    """The step's groups that have an advantage, dealt into parts by (seed, step) alone, and the number of sampled
+    tokens that each part is normalised by. Those of the groups left out are shared among the parts, so that a single
+    one is normalised by all tokens of the step."""
+    K = run.flags.updates_per_rollout
+    order = [i for i in shuffled(len(groups), run.flags.seed, DEALING, run.step) if groups[i].lessons()]
+    rest = num_sampled([group for group in groups if not group.lessons()]) / K
     parts = []
     for k in range(min(K, len(order))):
-        part = sorted(order[k::K])
-        parts.append(([mine[i] for i in part if i in mine], sum(tokens[i] for i in part) + rest))
+        part = [groups[i] for i in sorted(order[k::K])]
+        parts.append((part, num_sampled(part) + rest))
     return parts
 
 
@@ -358,29 +363,30 @@ def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float
     return norm
 
 
-def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, num_tokens: float, ranks: Ranks) -> dict:
-    """The updates of a step. Returns what they did: metrics."""
+def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, ranks: Ranks) -> dict:
+    """The updates of a step, each rank's share of every part. Returns what they did: metrics."""
     flags, (low, high) = run.flags, bounds_of(run.flags)
     loss = partial(loss_of, low=low, high=high)
     before = learner.weights.clone()
-    norms, drifts = [], []                  # of each part: the gradient's norm, log π / π_sampled of its tokens
-    parts = deal(run, groups, num_tokens, ranks)
-    for part, tokens in parts:
+    norms = []                              # of the gradient, in each part that was learned from
+    drifts = [before.new_zeros(0)]          # log π / π_sampled of each part's tokens
+    parts = deal(run, groups)
+    for part, num_tokens in parts:
         learner.gradient.zero_()
-        drifts.append(backward(learner.model, part, policy, flags.device_batch_size, loss))
+        mine = part[ranks.rank :: ranks.size]
+        drifts.append(backward(learner.model, mine, policy, flags.device_batch_size, loss))
         if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
-            norms.append(update(run, learner, tokens, ranks))
-    none = torch.zeros(0, device=before.device)
-    first = ranks.sum(measure_drift(torch.cat([none, *drifts[:1]]), low, high))
-    total = ranks.sum(measure_drift(torch.cat([none, *drifts]), low, high))
+            norms.append(update(run, learner, num_tokens, ranks))
+    first = ranks.sum(measure_drift(torch.cat(drifts[:2]), low, high))
+    total = ranks.sum(measure_drift(torch.cat(drifts), low, high))
     count = max(total["tokens"], 1)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
         "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
-        "advantage_tokens": total["tokens"] / num_tokens,
+        "advantage_tokens": total["tokens"] / num_sampled(groups),
         "parts_left_out": len(parts) - len(norms),
         "sampler_gap": first["gap"] / max(first["tokens"], 1),  # before any update
-        "ratio_max": math.exp(min(ranks.max(max(map(largest, drifts), default=0.0)), 700)),
+        "ratio_max": math.exp(min(ranks.max(largest(torch.cat(drifts))), 700)),
         "approx_kl": total["kl"] / count,
         "clip_fraction": total["clipped"] / count,
     }
@@ -410,32 +416,21 @@ def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
 def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
     """One step: sample, grade, learn. Returns its metrics, or None where a signal has cut the rollout short."""
     flags, start = run.flags, time.monotonic()
-    examples = questions_of_step(run, run.step)[ranks.rank :: ranks.size]
+    questions = questions_of_step(run, run.step)
     policy = learner.policy(flags.temperature, flags.top_k)
     seed = int(gpt.fold(flags.seed, TRAINING, run.step))
-    title = f"step {run.step}"
-    groups = ranks.attempt(
-        lambda: grade(run, rollout(run, learner.sampler, examples, flags.num_samples, policy, seed, title))
-    )
-    if ranks.stopping():
+    groups = ask(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}", ranks)
+    if not groups:
         return None
-    total = ranks.sum(tally(groups, run.tokenizer.stops))
+    metrics = summarize(groups, run.tokenizer.stops) | ranks.sum({"grader_timeouts": forget_timeouts()})
     rolled_out = time.monotonic()
     rollout_seconds = ranks.max(rolled_out - start)  # of the rank that began first
-    learned = learn(run, learner, groups, policy, total["sampled"], ranks)
-    return {
-        "reward": total["reward"] / total["completions"],
-        "all_right": total["all_right"] / total["questions"],
-        "all_wrong": total["all_wrong"] / total["questions"],
-        "completion_length": total["tokens"] / total["completions"],
-        "truncated": total["truncated"] / total["completions"],
-        "entropy": total["entropy"] / total["sampled"],
-        "grader_timeouts": total["timeouts"],
-        **learned,
+    metrics |= learn(run, learner, groups, policy, ranks)
+    return metrics | {
         "lrm": run.lrm,
         "rollout_seconds": rollout_seconds,
         "update_seconds": time.monotonic() - rolled_out,
-        "tokens_per_second": total["tokens"] / rollout_seconds,
+        "tokens_per_second": metrics["completion_length"] * len(questions) * flags.num_samples / rollout_seconds,
     }
 
 
@@ -453,28 +448,24 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) -> tuple[dict, list[Group]]:
     """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
-    questions, with the same random numbers every time. Rank 0 gets the metrics and all groups, others none of them
-    but the timeouts."""
-    n, seed = run.flags.eval_samples, int(gpt.fold(run.flags.seed, EVALUATION))
-    mine = examples[: run.flags.eval_examples or None][ranks.rank :: ranks.size]
-
-    def attempt(n: int, top_k: int, title: str) -> list[Group]:
-        policy = learner.policy(1.0, top_k)
-        return ranks.attempt(lambda: grade(run, rollout(run, learner.sampler, mine, n, policy, seed, title)))
-
-    sampled = attempt(n, run.flags.top_k, "evaluation")
-    greedy = attempt(1, 1, "evaluation, greedy")
-    if ranks.stopping():
+    questions, with the same random numbers every time. Returns metrics and groups; neither where a signal cut it
+    short."""
+    flags, seed = run.flags, int(gpt.fold(run.flags.seed, EVALUATION))
+    examples = examples[: flags.eval_examples or None]
+    policy, likeliest = learner.policy(1.0, flags.top_k), learner.policy(1.0, 1)
+    groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation", ranks)
+    greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy", ranks)
+    if not greedy:
         return {}, []
-    metrics = ranks.sum({"grader_timeouts": forget_timeouts()})
-    groups, greedy = ranks.gather(sampled), ranks.gather(greedy)
-    if groups:
+
+    def solved(groups: list[Group], k: int) -> tuple[float, float]:
         right = [sum(score >= 1 for score in group.scores) for group in groups]
-        for k in range(1, n + 1):
-            metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = mean_and_error([pass_at_k(n, c, k) for c in right])
-        metrics["greedy"], metrics["greedy_error"] = mean_and_error(
-            [float(group.scores[0] >= 1) for group in greedy]
-        )
+        return mean_and_error([pass_at_k(len(group.scores), c, k) for group, c in zip(groups, right)])
+
+    metrics = ranks.sum({"grader_timeouts": forget_timeouts()})
+    for k in range(1, flags.eval_samples + 1):
+        metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = solved(groups, k)
+    metrics["greedy"], metrics["greedy_error"] = solved(greedy, 1)
     return metrics, groups
 
 
@@ -637,7 +628,7 @@ class Grader:
         return self.read(self.in_reference(reference)) is not None
 
     def __call__(self, reference: str, text: str) -> float:
-        """1.0 or 0.0, for what a model wrote, whatever it is."""
+        """Whether they are equal, 1.0 or 0.0, whatever a model wrote."""
         right, said = self.read(self.in_reference(reference)), self.read(self.in_text(text))
         return float(None not in (right, said) and self.equal(right, said))
 
@@ -799,32 +790,20 @@ def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def read_text(name: str, flags: Flags) -> str | None:
-    """The text of the file that a flag names, if it is given. Raises UserError."""
-    path = getattr(flags, name)
-    with gpt.blaming(f"{option(name)} {path} cannot be read", "give a text file"):
-        return Path(path).read_text() if path else None
-
-
-def parsed(text: str) -> Any:
-    """What a text says in JSON, None where it is none."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
 def task_of(name: str, flags: Flags) -> Task:
     """A row of TASKS, as the flags override it. Raises UserError."""
-    for key, given, known in (("task", name, TASKS), ("grader", flags.grader or "exact", GRADERS)):
-        if given not in known:
-            raise UserError(f"--{key} {given} is unknown: choose {', '.join(known)}")
+    if name not in TASKS:
+        raise UserError(f"--task {name} is unknown: choose {', '.join(TASKS)}")
+    if flags.grader not in (None, *GRADERS):
+        raise UserError(f"--grader {flags.grader} is unknown: choose {', '.join(GRADERS)}")
     given = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
     if flags.grader:
         given["grader"] = GRADERS[flags.grader]
     if flags.few_shot:
-        value = parsed(read_text("few_shot", flags))
-        given["few_shot"] = tuple(checked_messages(value, f"--few-shot {flags.few_shot}", "assistant"))
+        place = f"--few-shot {flags.few_shot}"
+        with gpt.blaming(f"{place} cannot be read", "give a JSON file"):
+            value = json.loads(Path(flags.few_shot).read_text())
+        given["few_shot"] = tuple(checked_messages(value, place, "assistant"))
     return replace(TASKS[name], **given)
 
 
@@ -845,7 +824,7 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
         splits = load_rows(place)
         if "test" not in splits and len(splits) > 1:
             raise UserError(f"--eval-data {place} has no test questions: name a file")
-        rows = splits.get("test") or next(iter(splits.values()))
+        rows = splits["test"] if "test" in splits else next(iter(splits.values()))
         tests[name] = load_examples(TASKS.get(name, task), rows, f"test of {place}")
     return train, tests
 
@@ -896,10 +875,10 @@ def read_lines(path: Path) -> list[dict]:
         try:
             line = json.loads(text)
             lines.append({**line, "step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             damaged += 1
     if damaged:
-        say(f"passing over {damaged} damaged line{'s' * (damaged > 1)} in {path}")
+        say(f"passing over damaged lines in {path}: {damaged}")
     return lines
 
 
@@ -975,7 +954,7 @@ class Log:
                 self.tensorboard.add_scalar(key, value, metrics["step"])
 
     def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
-        """Every completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest
+        """Every sampled completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest
         question that has both."""
         rows = [
             {
@@ -992,9 +971,7 @@ class Log:
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
         scores = [[score >= 1 for score in group.scores] for part in groups.values() for group in part]
-        pairs = list(zip(scores, rows))
-        mixed = [pair for pair in pairs if any(pair[0]) and not all(pair[0])]
-        right, row = min(mixed or pairs, key=lambda pair: sum(pair[0]))
+        right, row = min(zip(scores, rows), key=lambda pair: (-len({*pair[0]}), sum(pair[0])))
         say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
         for is_right, said in sorted(dict(zip(right, row["completions"])).items(), reverse=True):
             say(f"  {'right' if is_right else 'wrong'}      {shortened(said)}")
@@ -1121,7 +1098,8 @@ def teach(
         picks = torch.randint(len(examples), (size,), generator=generator).tolist()
         groups = [lesson_of(examples[i], tokenizer) for i in picks]
         gradient.zero_()
-        gradient /= len(backward(model, groups, policy, size, imitate))
+        num_tokens = len(backward(model, groups, policy, size, imitate))
+        gradient.div_(num_tokens)
         gpt.step_optimizers(optimizers, 1.0)
         sampler.refresh()
     return 1000
@@ -1210,7 +1188,7 @@ def parse_flags(argv: list[str]) -> dict:
         value, low = given.get(f.name), f.metadata["low"]
         if isinstance(value, (int, float)) and not low <= value < 2**63:
             fail(f"{option(f.name)} {value} is out of range: the least is {low}")
-    if not re.fullmatch(r"|0?\.\d+(,\d*\.\d+)?", given.get("clip", "")):
+    if not re.fullmatch(r"|0?\.\d+(,\d*\.?\d+)?", given.get("clip", "")):
         fail(f"--clip {given['clip']} is no clip: give one number below 1, such as 0.2, or two, such as 0.2,0.28")
     if given.get("resume") and given.get("max_steps") == 0:
         fail("--resume has nothing to go on with at --max-steps 0: to evaluate a run, give its folder to --model-tag")
@@ -1247,9 +1225,8 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
     parent = base / "chatrl_checkpoints"
     if evaluation:
         return parent / "evaluations" / name
-    taken = [source, *source.parents] if source else []
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(parent / name for name in names if parent / name not in taken)
+    same = source and source.is_relative_to(parent / name)
+    return parent / (f"{name}-2" if same else name)
 
 
 def load_begun(out: Path, step: int, source: Path | None, tag: str | None, device: torch.device) -> tuple:
@@ -1273,6 +1250,8 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             return load_begun(out, step, source, tag, device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:          # damaged files fail in many ways
             say(f"passing over step {step}: {gpt.one_line(error)}")
 
@@ -1288,14 +1267,16 @@ def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> F
     if "num_epochs" in given:
         preset.pop("max_steps", None)
     resumable = {f.name: f.metadata["resumable"] for f in fields(Flags)}
-    if unknown := sorted(saved.keys() - resumable):
-        say(f"passing over flags of the run that are unknown here: {', '.join(unknown)}")
-    saved = {name: value for name, value in saved.items() if name in resumable}
-    flags = Flags(**{**preset, **saved, **given})
-    differing = [name for name in saved if not resumable[name] and getattr(flags, name) != saved[name]]
+    for name in saved.keys() - resumable:
+        say(f"passing over {option(name)} {saved.pop(name)}, which the run has and this version does not know")
+    differing = [
+        f"{option(name)} {saved[name]}, not {value}"
+        for name, value in given.items()
+        if not resumable[name] and saved.get(name, value) != value
+    ]
     if differing:
-        each = (f"{option(name)} {saved[name]}, not {getattr(flags, name)}" for name in differing)
-        fail(f"--resume: the run has {', '.join(each)}")
+        fail(f"--resume: the run has {', '.join(differing)}")
+    flags = Flags(**{**preset, **saved, **given})
     if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1316,7 +1297,10 @@ def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch
     _, step = gpt.find_checkpoint(source, flags.model_step)
     if step is None and flags.model_step is not None:
         raise UserError(f"--model-step {flags.model_step}: {source} holds one model, of no step: leave the flag out")
-    template, dtype = read_text("chat_template", flags), getattr(torch, flags.dtype)
+    template, dtype = None, getattr(torch, flags.dtype)
+    if flags.chat_template:
+        with gpt.blaming(f"--chat-template {flags.chat_template} cannot be read", "give a text file"):
+            template = Path(flags.chat_template).read_text()
     model, tokenizer, loaded = gpt.load_checkpoint(source, step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
@@ -1375,20 +1359,19 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
             "--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has no template"
         )
     if flags.chat_template_kwargs:
-        tokenizer.variables = parsed(flags.chat_template_kwargs)
-        if not isinstance(tokenizer.variables, dict):
-            raise UserError(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object")
+        with gpt.blaming(f"--chat-template-kwargs {flags.chat_template_kwargs} is no JSON object", "give one"):
+            tokenizer.variables = {**json.loads(flags.chat_template_kwargs)}
 
 
 def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, Any]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
     tag, training = given.get("model_tag"), None
     resumed = find_resumable(out, source, tag, ranks.device) if given.get("resume") else None
-    if not resumed:
-        source = source or gpt.find_hub_folder(tag)
+    if not source and (not resumed or resumed[2]["flags"]["model_tag"] != tag):
+        source = gpt.find_hub_folder(tag)
     place = out if resumed else source
     kind = "nanochat"
-    if any((*place.glob("config.json"), *place.glob("*/config.json"))):
+    if any((*place.glob("config.json"), *place.glob("[0-9]*/config.json"))):
         kind = "huggingface"
     if source == base / "chatsft_checkpoints" / "starter":
         kind = "starter"
@@ -1491,23 +1474,14 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
 
 
 def save(run: Run, learner: Learner) -> None:
-    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises UserError where the disk
-    refuses."""
+    """Writes a checkpoint to load here and in nanochat, and to resume from. Raises OSError."""
     model = learner.model
     masters = {}                            # what is saved in another type than it learns in, or not at all
     for name, p in model.named_parameters():
         if p.requires_grad and model.stored_types.get(name) != p.dtype:
             masters[name] = p.detach().clone()
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
-    try:
-        gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
-    except (OSError, RuntimeError) as error:  # torch wraps what the disk says in a RuntimeError
-        reasons = [error, error.__context__, error.__cause__]
-        if disk := next((reason for reason in reasons if isinstance(reason, OSError)), None):
-            raise UserError(
-                f"cannot save to {run.out} ({gpt.one_line(disk)}): free some space and go on with --resume"
-            ) from error
-        raise
+    gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
     done = [path for path in sorted(run.out.glob("optim_*.pt")) if path.name <= f"optim_{run.step:06d}.pt"]
     for path in done[: -run.flags.keep_last]:
         path.unlink()
@@ -1517,9 +1491,9 @@ def evaluate_and_log(run: Run, learner: Learner, log: Log | None, ranks: Ranks) 
     metrics, groups = {"step": run.step}, {}
     for name, examples in run.tests.items():
         part, groups[name] = evaluate(run, learner, examples, ranks)
-        metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
-        if ranks.stopping():
+        if not part:
             return
+        metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
     if log:
         say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
         log.write(metrics)
@@ -1614,9 +1588,9 @@ def main(argv: list[str]) -> int:
             status = 0
         except (UserError, OSError) as error:
             late = isinstance(error, OSError) and status == 1
-            hint = f"cannot write to {run.out}: free some space and go on with --resume: " if late else ""
+            hint = f": mend that, and go on in {run.out} with --resume" if late else ""
             if main_rank() or given is not None and error is not run:  # what all say, one says
-                print(f"chat_rl: {hint}{error}", file=sys.stderr)
+                print(f"chat_rl: {error}{hint}", file=sys.stderr)
     if dist.is_initialized() and status == 0:  # after a failure other ranks may wait in a collective: no goodbye
         dist.barrier()                      # no rank leaves while another is still talking to it
         dist.destroy_process_group()

@@ -58,7 +58,7 @@ def blaming(what: str, mend: str) -> Iterator[None]:
     """For work on what may be broken in any way there is: its errors become UserErrors that say so, and what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"{what} ({one_line(error)}): {mend}") from error
@@ -148,12 +148,8 @@ class Ranks:
         return box[0]
 
     def gather(self, items: list) -> list:
-        """All ranks' items on rank 0, dealt back into the order in which [rank::size] dealt them out; [] on others."""
-        parts = [items]
-        if self.size > 1:
-            parts = [None] * self.size if self.rank == 0 else None
-            dist.gather_object(items, parts)
-        rounds = itertools.zip_longest(*parts or [])
+        """All ranks' items, dealt back into the order in which [rank::size] dealt them out."""
+        rounds = itertools.zip_longest(*self.everyone(items))
         return [item for round in rounds for item in round if item is not None]
 
     def listen(self) -> None:
@@ -1213,6 +1209,8 @@ def write_file(path: Path, content: Any) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:           # torch's, for what the disk has said
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -1501,7 +1499,8 @@ def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
         raise UserError(f"the meta file of {path} is damaged: it has no seal")
     if path.name not in meta["sha256"]:
         raise UserError(f"{path} was not written to its end")
-    return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
+    with blaming(f"{path} cannot be loaded", COPY_AGAIN):
+        return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
 
 
 def find_hub_folder(name: str) -> Path:

@@ -208,7 +208,7 @@ def test_full_disk(finished, wholes):
     results = several(finished, (flags, 400_000), (flags, 200), (flags, size + 100))
     for place, (status, said) in zip(("checkpoint", "start", "end of metrics.jsonl"), results):
         assert status == 1, (place, status)
-        one_line(said, out(finished), "space")
+        one_line(said, out(finished), "File too large: mend that")
     assert_readable(finished)
     assert not list(out(finished).glob("*.part"))
     assert "passing over" not in run(finished, *flags).stdout

@@ -456,11 +456,10 @@ def test_without_tensorboard_a_line_asks_for_it(base, monkeypatch, capsys):
     refused(base, capsys, [*SMALL, "--tensorboard"], "pip install tensorboard")
 
 
-def test_timeouts_are_counted(tokenizer, monkeypatch):
+def test_timeouts_are_counted(monkeypatch):
     """Those since the last count: each evaluation and each step has its own."""
-    group = Group(examples_of(JSONL)[0], [1], [gpt.Completion([5, 6], [True] * 2, [0.0] * 2)], [0.0], [0.0], [0.0])
     monkeypatch.setattr(chat_rl.same_math, "timeouts", 3)
-    assert [chat_rl.tally([group], tokenizer.stops)["timeouts"] for _ in range(2)] == [3, 0]
+    assert [chat_rl.forget_timeouts() for _ in range(2)] == [3, 0]
 
 
 def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch):

@@ -231,27 +231,9 @@ def test_a_token_that_left_the_top_k_counts_as_the_last_inside():
 # Dealing
 
 
-class Pretended:
-    """A rank that writes down what it tells the others, and hears what it is given."""
-
-    def __init__(self, rank: int, size: int, told: list | None = None):
-        self.rank, self.size, self.told = rank, size, told
-
-    def everyone(self, thing: dict) -> list[dict]:
-        self.asked = thing
-        return self.told or [thing]
-
-
-def dealt(groups: list[Group], size: int, **flags) -> list[list[tuple[list[Group], float]]]:
-    """Each rank's parts."""
+def dealt(groups: list[Group], **flags) -> list[tuple[list[Group], float]]:
     run = SimpleNamespace(flags=Flags(examples_per_step=len(groups), **flags), step=flags.get("seed", 3))
-    num_tokens = sampled_tokens(groups)
-    asked = []
-    for rank in range(size):
-        ranks = Pretended(rank, size)
-        chat_rl.deal(run, groups[rank::size], num_tokens, ranks)
-        asked.append(ranks.asked)
-    return [chat_rl.deal(run, groups[rank::size], num_tokens, Pretended(rank, size, asked)) for rank in range(size)]
+    return chat_rl.deal(run, groups)
 
 
 def some_groups(advantages: list[bool]) -> list[Group]:
@@ -262,32 +244,25 @@ def some_groups(advantages: list[bool]) -> list[Group]:
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 7])
-def test_dealing_is_the_same_on_any_ranks(K):
-    """The parts of 2 and 4 ranks, put together, are those of one; each is normalised by its own tokens and its share of
-    those of the groups left out, which makes the tokens of the step in all."""
+def test_every_group_with_an_advantage_is_dealt_once(K):
+    """Each part is normalised by its own tokens and its share of those of the groups left out, which makes the tokens of
+    the step in all."""
     groups = some_groups([True, False, True, True, False, True, True, True])
-    (whole,) = dealt(groups, 1, updates_per_rollout=K)
-    names = [sorted(group.prompt[0] for group in part) for part, _ in whole]
-    assert len(whole) == min(K, 6) and all(names) and sorted(sum(names, [])) == [0, 2, 3, 5, 6, 7]
+    parts = dealt(groups, updates_per_rollout=K)
+    names = [[group.prompt[0] for group in part] for part, _ in parts]
+    assert len(parts) == min(K, 6) and all(names) and sorted(sum(names, [])) == [0, 2, 3, 5, 6, 7]
     assert max(map(len, names)) - min(map(len, names)) <= 1
     rest = sampled_tokens([groups[1], groups[4]])
-    assert [tokens for _, tokens in whole] == pytest.approx([sampled_tokens(part) + rest / K for part, _ in whole])
+    assert [tokens for _, tokens in parts] == pytest.approx([sampled_tokens(part) + rest / K for part, _ in parts])
     if K <= 6:
-        assert sum(tokens for _, tokens in whole) == pytest.approx(sampled_tokens(groups))
-    for size in (2, 4, 8):
-        parts = dealt(groups, size, updates_per_rollout=K)
-        assert all(len(mine) == len(whole) for mine in parts)
-        for k, (_, tokens) in enumerate(whole):
-            assert sorted(group.prompt[0] for mine in parts for group in mine[k][0]) == names[k]
-            assert {mine[k][1] for mine in parts} == {tokens}
-        assert size < 8 or any(not part for mine in parts for part, _ in mine)       # a rank's share may be empty
+        assert sum(tokens for _, tokens in parts) == pytest.approx(sampled_tokens(groups))
 
 
 def test_dealing_depends_on_seed_and_step():
     groups = some_groups([True] * 12)
     names = set()
     for seed in range(6):
-        (parts,) = dealt(groups, 1, updates_per_rollout=3, seed=seed)
+        parts = dealt(groups, updates_per_rollout=3, seed=seed)
         names.add(tuple(tuple(group.prompt[0] for group in part) for part, _ in parts))
     assert len(names) == 6
 
