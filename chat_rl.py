@@ -88,7 +88,7 @@ class Flags:
     data: str | None = flag(None, "training questions: a hub name, a JSONL file, or a folder with train and test files "
                             "(default: the task's)", resumable=True)
     eval_data: str | None = flag(None, "test questions from elsewhere: a place, or several as name=place,name=place "
-                                 "(default: the test split of --data)", resumable=True)
+                                 "(default: the task's, or the test split)", resumable=True)
     prompt_key: str | None = flag(None, "column with the question: text or a list of messages (default: the task's)")
     answer_key: str | None = flag(None, "column with the reference: text, number, list of texts (default: the task's)")
     system: str | None = flag(None, "system text before each question (default: the task's)")
@@ -243,7 +243,7 @@ def rollout(
 ) -> list[Group]:
     """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
     groups, rows = [], run.flags.rollout_batch_size or sys.maxsize
-    with progress_bar(len(examples) * num_samples, title, "completion") as bar:
+    with progress_bar(len(examples) * num_samples, title) as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
             completions = sampler.generate(
@@ -394,8 +394,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, ranks
 
 def bounds_of(flags: Flags) -> tuple[float, float]:
     """What the ratio is clipped to."""
-    clip = [float(part) for part in flags.clip.split(",") if part]
-    return (1 - clip[0], 1 + clip[-1]) if clip else (0.0, math.inf)
+    clip = [float(x) for x in (flags.clip or "1,inf").split(",")]
+    return 1 - clip[0], 1 + clip[-1]
 
 
 def largest(log_ratios: Tensor) -> float:
@@ -675,11 +675,11 @@ def make_sums() -> dict[str, list[dict]]:
     held_out = [pairs[i] for i in order[:400]]
     rest = [pairs[i] for i in order[400:]]
     swapped = [(b, a) for a, b in rest]
-
-    def ask(pairs: list[tuple[int, int]]) -> list[dict]:
-        return [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
-
-    return {"train": ask(sorted({*rest, *swapped})), "test": ask(held_out)}
+    splits = {"train": sorted({*rest, *swapped}), "test": held_out}
+    return {
+        name: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in split]
+        for name, split in splits.items()
+    }
 
 
 SUBJECTS = (
@@ -817,10 +817,11 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
         train = load_examples(task, splits.get("train", []), f"train of {where}")
     if not task.eval_data:
         return train, {"": load_examples(task, splits.get("test", []), f"test of {where}")}
-    parts = [part.rpartition("=") for part in task.eval_data.split(",")]
-    if len({name for name, _, place in parts if place}) < len(parts):
+    entries = task.eval_data.split(",")
+    places = dict(entry.rpartition("=")[::2] for entry in entries)
+    if len(places) < len(entries) or not all(places.values()):
         raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
-    for name, _, place in parts:
+    for name, place in places.items():
         splits = load_rows(place)
         if "test" not in splits and len(splits) > 1:
             raise UserError(f"--eval-data {place} has no test questions: name a file")
@@ -857,9 +858,10 @@ def make_output_safe() -> None:
             stream.reconfigure(errors="replace")
 
 
-def progress_bar(total: int, title: str, unit: str) -> tqdm:
+def progress_bar(completions: int, title: str) -> tqdm:
     """A bar on rank 0's terminal, for work that takes more than a second or two."""
-    return tqdm(total=total, desc=title, unit=unit, leave=False, delay=1.5, disable=None if main_rank() else True)
+    silent = None if main_rank() else True  # None: where there is no terminal
+    return tqdm(total=completions, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
 def json_line(content: dict) -> bytes:
@@ -954,8 +956,8 @@ class Log:
                 self.tensorboard.add_scalar(key, value, metrics["step"])
 
     def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
-        """Every sampled completion of an evaluation, by the name of its data; prints a right and a wrong one to the hardest
-        question that has both."""
+        """Every sampled completion of an evaluation, by the name of its data; prints a right and a wrong one to the
+        hardest question that has both."""
         rows = [
             {
                 "data": name,
@@ -1182,7 +1184,7 @@ def parse_flags(argv: list[str]) -> dict:
         kind, default = kinds[f.type.split()[0]], f" (default: {f.default})"
         help = f.metadata["help"] + default * (str(f.default) not in ("None", "", "False"))
         options = {"type": kind, "choices": f.metadata["choices"] or None} if kind else {"action": "store_true"}
-        parser.add_argument(option(f.name), help=help.replace("%", "%%"), **options)
+        parser.add_argument(option(f.name), help=help, **options)
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
         value, low = given.get(f.name), f.metadata["low"]
@@ -1459,15 +1461,15 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's state of it; as a resumed run left it."""
-    training = state.get("training")
+    flags, training = run.flags, state.get("training")
     if training:
         state["model"].load_state_dict(training["masters"], strict=False)
     model = gpt.share_model(state.get("model"), ranks)
-    model.recompute = run.flags.recompute
+    model.recompute = flags.recompute
     weights, gradient = gpt.flatten(model)
     settings = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_optimizer")
-    given = {name: getattr(run.flags, name) for name in settings}
-    optimizers = gpt.make_optimizers(model, **given) if ranks.rank == 0 else []
+    rates = {name: getattr(flags, name) for name in settings}
+    optimizers = gpt.make_optimizers(model, **rates) if ranks.rank == 0 else []
     for optimizer, state_dict in zip(optimizers, training["optimizers"] if training else ()):
         optimizer.load_state_dict(state_dict)
     return Learner(model, Sampler(model, run.tokenizer), weights, gradient, optimizers)
@@ -1589,7 +1591,8 @@ def main(argv: list[str]) -> int:
         except (UserError, OSError) as error:
             late = isinstance(error, OSError) and status == 1
             hint = f": mend that, and go on in {run.out} with --resume" if late else ""
-            if main_rank() or given is not None and error is not run:  # what all say, one says
+            said_by_all = given is None or error is run
+            if main_rank() or not said_by_all:
                 print(f"chat_rl: {error}{hint}", file=sys.stderr)
     if dist.is_initialized() and status == 0:  # after a failure other ranks may wait in a collective: no goodbye
         dist.barrier()                      # no rank leaves while another is still talking to it
