@@ -210,6 +210,7 @@ class Learner:
     weights: Tensor                         # all that learn, as one vector: the model's parameters are views of it
     gradient: Tensor                        # likewise
     optimizers: list[torch.optim.Optimizer]  # on rank 0
+    ranks: Ranks                            # that learn together
 
     def policy(self, temperature: float, top_k: int) -> Policy:
         return Policy(temperature, top_k, self.model.config.softcap)
@@ -282,11 +283,11 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
 
 
 def ask(
-    run: Run, learner: Learner, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str,
-    ranks: Ranks,
+    run: Run, learner: Learner, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str
 ) -> list[Group]:
     """Samples and grades, each rank its share of the examples. Returns the groups of all ranks, in the examples'
     order; [] where a signal cut it short."""
+    ranks = learner.ranks
     mine = examples[ranks.rank :: ranks.size]
     groups = ranks.attempt(lambda: grade(run, rollout(run, learner.sampler, mine, num_samples, policy, seed, title)))
     return [] if ranks.stopping() else ranks.gather(groups)
@@ -351,9 +352,10 @@ def deal(run: Run, groups: list[Group]) -> list[tuple[list[Group], float]]:
     return parts
 
 
-def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float:
+def update(run: Run, learner: Learner, num_tokens: float) -> float:
     """Adds up the ranks' gradients, divides by the number of tokens, and steps: rank 0 alone, whose weights all
     take over. Returns the norm of the gradient; where it is not finite no step is made."""
+    ranks = learner.ranks
     ranks.reduce(learner.gradient)
     norm = ranks.share(learner.gradient.div_(num_tokens).norm().item())
     if math.isfinite(norm):
@@ -363,9 +365,10 @@ def update(run: Run, learner: Learner, num_tokens: float, ranks: Ranks) -> float
     return norm
 
 
-def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, ranks: Ranks) -> dict:
+def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> dict:
     """The updates of a step, each rank's share of every part. Returns what they did: metrics."""
-    flags, (low, high) = run.flags, bounds_of(run.flags)
+    flags, ranks = run.flags, learner.ranks
+    low, high = bounds_of(flags)
     loss = partial(loss_of, low=low, high=high)
     before = learner.weights.clone()
     norms = []                              # of the gradient, in each part that was learned from
@@ -376,7 +379,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy, ranks
         mine = part[ranks.rank :: ranks.size]
         drifts.append(backward(learner.model, mine, policy, flags.device_batch_size, loss))
         if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
-            norms.append(update(run, learner, num_tokens, ranks))
+            norms.append(update(run, learner, num_tokens))
     first = ranks.sum(measure_drift(torch.cat(drifts[:2]), low, high))
     total = ranks.sum(measure_drift(torch.cat(drifts), low, high))
     count = max(total["tokens"], 1)
@@ -413,19 +416,19 @@ def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
     }
 
 
-def step(run: Run, learner: Learner, ranks: Ranks) -> dict | None:
+def step(run: Run, learner: Learner) -> dict | None:
     """One step: sample, grade, learn. Returns its metrics, or None where a signal has cut the rollout short."""
     flags, start = run.flags, time.monotonic()
     questions = questions_of_step(run, run.step)
     policy = learner.policy(flags.temperature, flags.top_k)
     seed = int(gpt.fold(flags.seed, TRAINING, run.step))
-    groups = ask(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}", ranks)
+    groups = ask(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}")
     if not groups:
         return None
-    metrics = summarize(groups, run.tokenizer.stops) | ranks.sum({"grader_timeouts": forget_timeouts()})
+    metrics = summarize(groups, run.tokenizer.stops) | learner.ranks.sum({"grader_timeouts": forget_timeouts()})
     rolled_out = time.monotonic()
-    rollout_seconds = ranks.max(rolled_out - start)  # of the rank that began first
-    metrics |= learn(run, learner, groups, policy, ranks)
+    rollout_seconds = learner.ranks.max(rolled_out - start)  # of the rank that began first
+    metrics |= learn(run, learner, groups, policy)
     return metrics | {
         "lrm": run.lrm,
         "rollout_seconds": rollout_seconds,
@@ -446,15 +449,15 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) -> tuple[dict, list[Group]]:
+def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict, list[Group]]:
     """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
     questions, with the same random numbers every time. Returns metrics and groups; neither where a signal cut it
     short."""
     flags, seed = run.flags, int(gpt.fold(run.flags.seed, EVALUATION))
     examples = examples[: flags.eval_examples or None]
     policy, likeliest = learner.policy(1.0, flags.top_k), learner.policy(1.0, 1)
-    groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation", ranks)
-    greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy", ranks)
+    groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
+    greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
     if not greedy:
         return {}, []
 
@@ -462,7 +465,7 @@ def evaluate(run: Run, learner: Learner, examples: list[Example], ranks: Ranks) 
         right = [sum(score >= 1 for score in group.scores) for group in groups]
         return mean_and_error([pass_at_k(len(group.scores), c, k) for group, c in zip(groups, right)])
 
-    metrics = ranks.sum({"grader_timeouts": forget_timeouts()})
+    metrics = learner.ranks.sum({"grader_timeouts": forget_timeouts()})
     for k in range(1, flags.eval_samples + 1):
         metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = solved(groups, k)
     metrics["greedy"], metrics["greedy_error"] = solved(greedy, 1)
@@ -1378,9 +1381,6 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
     if source == base / "chatsft_checkpoints" / "starter":
         kind = "starter"
     flags = settle_flags(given, kind, resumed[2]["flags"] if resumed else {}, ranks.device)
-    if flags.examples_per_step % ranks.size:
-        raise UserError(f"--examples-per-step {flags.examples_per_step} is not divisible by the {ranks.size} ranks: "
-                        f"make it a multiple of {ranks.size}")
     if resumed:
         model, tokenizer, meta, training = resumed
         check_same_source(meta, source or Path(meta["source"]["path"]), given.get("model_step"))
@@ -1472,7 +1472,7 @@ def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     optimizers = gpt.make_optimizers(model, **rates) if ranks.rank == 0 else []
     for optimizer, state_dict in zip(optimizers, training["optimizers"] if training else ()):
         optimizer.load_state_dict(state_dict)
-    return Learner(model, Sampler(model, run.tokenizer), weights, gradient, optimizers)
+    return Learner(model, Sampler(model, run.tokenizer), weights, gradient, optimizers, ranks)
 
 
 def save(run: Run, learner: Learner) -> None:
@@ -1489,10 +1489,10 @@ def save(run: Run, learner: Learner) -> None:
         path.unlink()
 
 
-def evaluate_and_log(run: Run, learner: Learner, log: Log | None, ranks: Ranks) -> None:
+def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> None:
     metrics, groups = {"step": run.step}, {}
     for name, examples in run.tests.items():
-        part, groups[name] = evaluate(run, learner, examples, ranks)
+        part, groups[name] = evaluate(run, learner, examples)
         if not part:
             return
         metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
@@ -1516,18 +1516,18 @@ def advise(lines: list[dict]) -> None:
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 
-def train(run: Run, learner: Learner, ranks: Ranks) -> None:
+def train(run: Run, learner: Learner) -> None:
     """Evaluates, steps, logs and saves, to the end or until a rank is told to stop: then with the last whole step
     saved."""
     flags = run.flags
-    log = Log(run) if ranks.rank == 0 else None
+    log = Log(run) if learner.ranks.rank == 0 else None
     saved = first = run.step
     failures, spent = 0, 0.0
-    ranks.listen()
+    learner.ranks.listen()
     while run.step < run.num_steps:
         if run.step % flags.eval_every == 0:
-            evaluate_and_log(run, learner, log, ranks)
-        metrics = step(run, learner, ranks)
+            evaluate_and_log(run, learner, log)
+        metrics = step(run, learner)
         if metrics is None:
             break
         spent += metrics["rollout_seconds"] + metrics["update_seconds"]
@@ -1548,7 +1548,7 @@ def train(run: Run, learner: Learner, ranks: Ranks) -> None:
             if log:
                 save(run, learner)
     else:
-        evaluate_and_log(run, learner, log, ranks)
+        evaluate_and_log(run, learner, log)
     if log:
         if saved < run.step:
             save(run, learner)
@@ -1586,7 +1586,7 @@ def main(argv: list[str]) -> int:
             status = 1
             learner = make_learner(run, state, ranks)
             state.clear()
-            train(run, learner, ranks)
+            train(run, learner)
             status = 0
         except (UserError, OSError) as error:
             late = isinstance(error, OSError) and status == 1

@@ -35,7 +35,7 @@ def world(tokenizer: gpt.Tokenizer, **flags) -> tuple[Run, chat_rl.Learner]:
     examples = [Example(i, chat(question), ["?"], TASK) for i, question in enumerate(QUESTIONS)]
     model = tiny_model()
     vectors = gpt.flatten(model)
-    learner = chat_rl.Learner(model, gpt.Sampler(model, tokenizer), *vectors, gpt.make_optimizers(model))
+    learner = chat_rl.Learner(model, gpt.Sampler(model, tokenizer), *vectors, gpt.make_optimizers(model), gpt.Ranks("cpu"))
     return Run(flags, examples, {}, tokenizer, {}, Path(), 10, 0), learner
 
 
@@ -52,15 +52,15 @@ def recorded(monkeypatch, run: Run, learner: chat_rl.Learner) -> tuple[dict, lis
         parts.append(part)
         return backward(model, part, *more)
 
-    def note_update(run, learner, num_tokens, ranks):
+    def note_update(run, learner, num_tokens):
         start = learner.weights.clone()
-        norm = update(run, learner, num_tokens, ranks)
+        norm = update(run, learner, num_tokens)
         updates.append(dict(weights=start, part=parts[-1], gradient=learner.gradient.clone(), tokens=num_tokens, norm=norm))
         return norm
 
     for name, hook in (("update", note_update), ("backward", note_backward), ("deal", note_deal)):
         monkeypatch.setattr(chat_rl, name, hook)
-    line = chat_rl.step(run, learner, gpt.Ranks("cpu"))
+    line = chat_rl.step(run, learner)
     monkeypatch.undo()
     return line, groups, updates
 
@@ -145,7 +145,7 @@ def test_one_update_is_reinforce(tokenizer, monkeypatch):
     assert line["clip_fraction"] == line["parts_left_out"] == 0
     policy = learner.policy(run.flags.temperature, run.flags.top_k)
     chat_rl.backward(other.model, groups, policy, 3, lambda logprobs, sampled, advantages: -advantages * logprobs)
-    chat_rl.update(run, other, sampled_tokens(groups), gpt.Ranks("cpu"))
+    chat_rl.update(run, other, sampled_tokens(groups))
     start = only["weights"]
     assert distance(learner.weights - start, other.weights - start) < 0.01      # Adam's first step is the gradient's sign
 
@@ -314,8 +314,8 @@ def note_backward(model, part, *more):
     said.append(["part", [group.example.index for group in part]])
     return backward(model, part, *more)
 
-def note_update(run, learner, tokens, ranks):
-    norm = update(run, learner, tokens, ranks)
+def note_update(run, learner, tokens):
+    norm = update(run, learner, tokens)
     said.append(["update", tokens, norm, learner.weights.double().norm().item()])
     return norm
 
