@@ -799,27 +799,27 @@ def task_of(name: str, flags: Flags) -> Task:
         raise UserError(f"--task {name} is unknown: choose {', '.join(TASKS)}")
     if flags.grader not in (None, *GRADERS):
         raise UserError(f"--grader {flags.grader} is unknown: choose {', '.join(GRADERS)}")
-    given = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
+    overrides = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
     if flags.grader:
-        given["grader"] = GRADERS[flags.grader]
+        overrides["grader"] = GRADERS[flags.grader]
     if flags.few_shot:
         place = f"--few-shot {flags.few_shot}"
         with gpt.blaming(f"{place} cannot be read", "give a JSON file"):
             value = json.loads(Path(flags.few_shot).read_text())
-        given["few_shot"] = tuple(checked_messages(value, place, "assistant"))
-    return replace(TASKS[name], **given)
+        overrides["few_shot"] = tuple(checked_messages(value, place, "assistant"))
+    return replace(TASKS[name], **overrides)
 
 
 def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
-    task, train, tests = task_of(flags.task, flags), [], {}
+    task, questions, tests = task_of(flags.task, flags), [], {}
     make = task.data if callable(task.data) else partial(load_rows, task.data)
     where = flags.task if callable(task.data) else task.data or f"{flags.task} without --data"
     splits = make() if task.data and (flags.max_steps != 0 or not task.eval_data) else {}
     if flags.max_steps != 0:
-        train = load_examples(task, splits.get("train", []), f"train of {where}")
+        questions = load_examples(task, splits.get("train", []), f"train of {where}")
     if not task.eval_data:
-        return train, {"": load_examples(task, splits.get("test", []), f"test of {where}")}
+        return questions, {"": load_examples(task, splits.get("test", []), f"test of {where}")}
     entries = task.eval_data.split(",")
     places = dict(entry.rpartition("=")[::2] for entry in entries)
     if len(places) < len(entries) or not all(places.values()):
@@ -830,7 +830,7 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
             raise UserError(f"--eval-data {place} has no test questions: name a file")
         rows = splits["test"] if "test" in splits else next(iter(splits.values()))
         tests[name] = load_examples(TASKS.get(name, task), rows, f"test of {place}")
-    return train, tests
+    return questions, tests
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1323,13 +1323,13 @@ def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch
 def check_same_source(meta: dict, source: Path, step: int | None) -> None:
     """Raises UserError where --model-tag and --model-step lead to another checkpoint than the run began with. A
     source that is gone is not needed any more."""
-    given, digests = step, {}
-    if given is None and meta["source"]["step"] in gpt.checkpoint_steps(source):
-        step = meta["source"]["step"]
+    wanted, digests = step, {}
+    if step is None and meta["source"]["step"] in gpt.checkpoint_steps(source):
+        wanted = meta["source"]["step"]
     try:
-        files = gpt.checkpoint_files(source, step)
+        files = gpt.checkpoint_files(source, wanted)
     except UserError:
-        if given is None:
+        if step is None:
             return
         raise
     for path in files:
@@ -1339,9 +1339,9 @@ def check_same_source(meta: dict, source: Path, step: int | None) -> None:
                         "--resume to begin anew")
 
 
-def digest_of(train: list[Example], tests: dict[str, list[Example]]) -> str:
+def digest_of(questions: list[Example], tests: dict[str, list[Example]]) -> str:
     """What the questions are, wherever they lie."""
-    content = [[(x.index, x.prompt, x.references) for x in part] for part in (train, *tests.values())]
+    content = [[(x.index, x.prompt, x.references) for x in part] for part in (questions, *tests.values())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -1393,38 +1393,38 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
 
 def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training and test questions whose prompts have at most `limit` tokens. Raises UserError."""
-    train, tests = load_task(flags)
-    digest = digest_of(train, tests)
+    questions, tests = load_task(flags)
+    digest = digest_of(questions, tests)
     if meta.setdefault("data_sha256", digest) != digest:
         raise UserError(
             "--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew"
         )
-    train = keep_short(train, "train", tokenizer, limit)
+    questions = keep_short(questions, "train", tokenizer, limit)
     tests = {name: keep_short(part, name or "test", tokenizer, limit) for name, part in tests.items()}
     fewest = min(map(len, tests.values()))
-    if not fewest or len(train) < flags.examples_per_step and flags.max_steps != 0:
+    if not fewest or len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(
-            f"{len(train)} training and {fewest} test questions are too few: lower --examples-per-step or "
+            f"{len(questions)} training and {fewest} test questions are too few: lower --examples-per-step or "
             "--max-new-tokens"
         )
-    warn_of_markers(train or next(iter(tests.values())), tokenizer)
-    return train, tests
+    warn_of_markers(questions or next(iter(tests.values())), tokenizer)
+    return questions, tests
 
 
 def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
-    before anything but the starter is written, on what is amiss. The run's folder stays locked as
-    long as the stack is open."""
+    before anything but the starter is written, on what is amiss. The run's folder stays locked as long as the stack
+    is open."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
     flags, model, tokenizer, meta, training = load(given, source, out, base, ranks)
-    train, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
+    questions, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
     num_steps = flags.max_steps
     if num_steps is None:
-        num_steps = flags.num_epochs * (len(train) // flags.examples_per_step)
+        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
     claim(out, training is None and num_steps > 0, stack)
-    run = Run(flags, train, tests, tokenizer, meta, out, num_steps, meta["step"])
+    run = Run(flags, questions, tests, tokenizer, meta, out, num_steps, meta["step"])
     return run, {"model": model, "training": training}
 
 
@@ -1521,7 +1521,7 @@ def train(run: Run, learner: Learner) -> None:
     saved."""
     flags = run.flags
     log = Log(run) if learner.ranks.rank == 0 else None
-    saved = first = run.step
+    last_saved = first = run.step
     failures, spent = 0, 0.0
     learner.ranks.listen()
     while run.step < run.num_steps:
@@ -1544,13 +1544,13 @@ def train(run: Run, learner: Learner) -> None:
             )
         run.step += 1
         if run.step % flags.save_every == 0 or run.step == run.num_steps:
-            saved = run.step
+            last_saved = run.step
             if log:
                 save(run, learner)
     else:
         evaluate_and_log(run, learner, log)
     if log:
-        if saved < run.step:
+        if last_saved < run.step:
             save(run, learner)
         finish(run, log)
 
