@@ -345,11 +345,8 @@ def deal(run: Run, groups: list[Group]) -> list[tuple[list[Group], float]]:
     K = run.flags.updates_per_rollout
     order = [i for i in shuffled(len(groups), run.flags.seed, DEALING, run.step) if groups[i].lessons()]
     rest = num_sampled([group for group in groups if not group.lessons()]) / K
-    parts = []
-    for k in range(min(K, len(order))):
-        part = [groups[i] for i in sorted(order[k::K])]
-        parts.append((part, num_sampled(part) + rest))
-    return parts
+    parts = [[groups[i] for i in sorted(order[k::K])] for k in range(min(K, len(order)))]
+    return [(part, num_sampled(part) + rest) for part in parts]
 
 
 def update(run: Run, learner: Learner, num_tokens: float) -> float:
@@ -380,8 +377,9 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         drifts.append(backward(learner.model, mine, policy, flags.device_batch_size, loss))
         if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
+    drift = torch.cat(drifts)
     first = ranks.sum(measure_drift(torch.cat(drifts[:2]), low, high))
-    total = ranks.sum(measure_drift(torch.cat(drifts), low, high))
+    total = ranks.sum(measure_drift(drift, low, high))
     count = max(total["tokens"], 1)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
@@ -389,7 +387,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         "advantage_tokens": total["tokens"] / num_sampled(groups),
         "parts_left_out": len(parts) - len(norms),
         "sampler_gap": first["gap"] / max(first["tokens"], 1),  # before any update
-        "ratio_max": math.exp(min(ranks.max(largest(torch.cat(drifts))), 700)),
+        "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
         "approx_kl": total["kl"] / count,
         "clip_fraction": total["clipped"] / count,
     }
@@ -463,7 +461,7 @@ def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict,
 
     def solved(groups: list[Group], k: int) -> tuple[float, float]:
         right = [sum(score >= 1 for score in group.scores) for group in groups]
-        return mean_and_error([pass_at_k(len(group.scores), c, k) for group, c in zip(groups, right)])
+        return mean_and_error([pass_at_k(len(groups[0].scores), c, k) for c in right])
 
     metrics = learner.ranks.sum({"grader_timeouts": forget_timeouts()})
     for k in range(1, flags.eval_samples + 1):
@@ -1255,7 +1253,7 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
             return load_begun(out, step, source, tag, device)
-        except (MemoryError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:          # damaged files fail in many ways
             say(f"passing over step {step}: {gpt.one_line(error)}")
@@ -1375,9 +1373,8 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
     if not source and (not resumed or resumed[2]["flags"]["model_tag"] != tag):
         source = gpt.find_hub_folder(tag)
     place = out if resumed else source
-    kind = "nanochat"
-    if any((*place.glob("config.json"), *place.glob("[0-9]*/config.json"))):
-        kind = "huggingface"
+    configs = [*place.glob("config.json"), *place.glob("[0-9]*/config.json")]
+    kind = "huggingface" if configs else "nanochat"
     if source == base / "chatsft_checkpoints" / "starter":
         kind = "starter"
     flags = settle_flags(given, kind, resumed[2]["flags"] if resumed else {}, ranks.device)
@@ -1489,18 +1486,22 @@ def save(run: Run, learner: Learner) -> None:
         path.unlink()
 
 
-def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> None:
+def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> bool:
+    """Whether no signal cut it short."""
     metrics, groups = {"step": run.step}, {}
     for name, examples in run.tests.items():
-        part, groups[name] = evaluate(run, learner, examples)
+        part, answered = evaluate(run, learner, examples)
         if not part:
-            return
+            return False
+        if log:
+            groups[name] = answered
         metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
     if log:
         say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
         log.write(metrics)
         log.write_samples(run.step, groups, run.tokenizer)
         log.plot()
+    return True
 
 
 def advise(lines: list[dict]) -> None:
@@ -1525,8 +1526,8 @@ def train(run: Run, learner: Learner) -> None:
     failures, spent = 0, 0.0
     learner.ranks.listen()
     while run.step < run.num_steps:
-        if run.step % flags.eval_every == 0:
-            evaluate_and_log(run, learner, log)
+        if run.step % flags.eval_every == 0 and not evaluate_and_log(run, learner, log):
+            break
         metrics = step(run, learner)
         if metrics is None:
             break

@@ -55,10 +55,11 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def blaming(what: str, mend: str) -> Iterator[None]:
-    """For work on what may be broken in any way there is: its errors become UserErrors that say so, and what to do."""
+    """For work on what may be broken in any way there is: its errors become UserErrors that say so, and what to do. A
+    full GPU is none of them."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"{what} ({one_line(error)}): {mend}") from error
@@ -230,7 +231,7 @@ class Cache:
         self.prefix = prefix
         self.num_samples = num_samples
         self.size = 0
-        self.own = {}                       # layer -> (2, B, G, T, D), of the one forward
+        self.own = {}                       # layer -> (2, B, G, T, D), of a forward without a prefix
         self.room = None                    # (L, 2, B, G, capacity, D), of a cache to decode with
         self.last = None                    # (B, T, C) embeddings of the latest forward
         self.places = self.slots = None     # of uneven groups: each row's place (B,), the row in each place (P·N,)
@@ -1450,8 +1451,8 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
 def adapter_files(model: GPT, base: str) -> dict:
     """PEFT's folder of the model's adapters, to a model that is found at `base`."""
     names = huggingface_names(model.config.n_layer)
-    state = model.state_dict()
-    tensors = {f"base_model.model.{names[key]}": state[key].cpu() for key in state if "lora_" in key}
+    state = model.state_dict().items()
+    tensors = {f"base_model.model.{names[key]}": x.cpu() for key, x in state if "lora_" in key}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -1607,7 +1608,7 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     """Moves the parameters into one vector, of which they become views, and gives them gradients that are views of
     another. Returns both: ranks add up the one and send round the other in one call."""
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = nn.utils.parameters_to_vector(params).detach()
+    weights = torch.cat([p.detach().flatten() for p in params])
     nn.utils.vector_to_parameters(weights, params)
     gradient = torch.zeros_like(weights)
     for p, g in zip(params, gradient.split([p.numel() for p in params])):

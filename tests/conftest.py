@@ -1,4 +1,5 @@
 """What the tests share: tiny real checkpoints, and real processes to run them in."""
+import atexit
 import fcntl
 import hashlib
 import io
@@ -20,12 +21,14 @@ from typing import Any, Callable, Iterator
 if "CHAT_RL_GPU" not in os.environ:  # these tests are the CPU's; set it to run them with the machine's GPUs in sight
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"   # read when the hub's client is imported, by whichever test is first
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()                # likewise; nothing of the tests stays in the home folder
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], True)
 
 import matplotlib.figure  # noqa: E402
 import matplotlib.image  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from fork import Fork, default_signals  # noqa: E402
+from fork import Fork  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -168,9 +171,9 @@ def environment(base: Path, **more: str) -> dict:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """The handlers of signals are those of a new process, and afterwards what they were before."""
+    """Undoes what a run does to the handlers of signals. Ctrl-C is heard, also where the tests run in the background."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    default_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:

@@ -37,13 +37,6 @@ class Fork(SERVER.Process):
             os.kill(self.pid, number)
 
 
-def default_signals() -> None:
-    """Those that end a run, as in a process that was started in the foreground."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def become(script: Path, flags: list[str], folder: Path, variables: dict, out: Path, error: Path, draws: bool) -> NoReturn:
     """Makes of this process one that has been started with a script."""
     import matplotlib.figure
@@ -56,7 +49,7 @@ def become(script: Path, flags: list[str], folder: Path, variables: dict, out: P
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
             open(number, mode, buffering, encoding="utf-8", closefd=False)
             for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))]
-        default_signals()
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell ignores it in what runs in the background
         os.environ.clear()
         os.environ.update(variables)
         torch.set_num_threads(1)

@@ -8,7 +8,6 @@ import re
 import shutil
 import time
 import warnings
-from pathlib import Path
 
 import numpy
 import pytest

@@ -1136,6 +1136,9 @@ def test_a_run_from_the_hub(rank, folder, tmp_path, monkeypatch, capsys):
     assert main(tmp_path / "cut", *flags, "--resume") == 0
     assert "passing over" not in capsys.readouterr().out
     check_same(tmp_path / "cut", "Model", tmp_path / "whole", "Model", 2)
+    cached(tmp_path / "cache", model_folder(tmp_path / "other", "qwen2"), "Other/Model")
+    assert main(tmp_path / "cut", *flags, "--resume", "--model-tag=Other/Model") == 2       # another one of that name
+    assert "not the checkpoint that the run began with" in capsys.readouterr().err
     for path in (tmp_path / "cut" / "chatrl_checkpoints" / "Model").glob("optim_*.pt"):
         path.write_bytes(b"")
     assert main(tmp_path / "cut", *flags, "--resume") == 0                      # nothing to go on from: from the start

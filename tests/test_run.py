@@ -29,14 +29,6 @@ def samples(base: Path, step: int, tag: str = "adder") -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """Keeps what `datasets` caches out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run gives
 
@@ -328,6 +320,17 @@ def test_data_refused_by_a_process(base, broken):
     assert done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
     assert "--data a local folder" in done.stderr and ("/data" if broken else "openai/gsm8k") in done.stderr
     assert not (base / "chatrl_checkpoints").exists()
+
+
+def test_more_ranks_than_questions(base):
+    """A rank without a question of its own, or without a group of a part, goes through the motions."""
+    copies(base, "two")
+    flags = [*LIVELY, "--examples-per-step=3", "--updates-per-rollout=2", "--eval-examples=1", "--max-steps=2"]
+    assert main(base, *flags) == 0
+    run(base, *flags, "--model-tag=two", ranks=4)
+    for mine, other in zip(metrics(base, "two"), metrics(base), strict=True):
+        assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
+    assert sum(line.get("grad_norm", 0) > 0 for line in metrics(base)) == 2
 
 
 def test_what_is_amiss_is_said_once(base):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import SHAPE, SHARED, SMALL, chat, main, metrics, tiny_model
-from test_run import datasets_cache  # noqa: F401
 
 import chat_rl
 import gpt

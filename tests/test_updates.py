@@ -386,6 +386,7 @@ def test_bad_flags_are_refused(base, flag, capsys):
 
 
 @pytest.mark.parametrize("clip, bounds", [
-    ("", (0, math.inf)), ("0.2", (0.8, 1.2)), ("0.2,0.28", (0.8, 1.28)), (".2,.28", (0.8, 1.28))])
+    ("", (0, math.inf)), ("0.2", (0.8, 1.2)), ("0.2,0.28", (0.8, 1.28)), (".2,.28", (0.8, 1.28)),
+    ("0.2,1", (0.8, 2))])
 def test_good_clips_are_read(clip, bounds):
     assert chat_rl.bounds_of(Flags(**chat_rl.parse_flags([f"--clip={clip}"]))) == pytest.approx(bounds)
