@@ -446,3 +446,18 @@ def test_second_signal_has_a_second_of_grace(whole, tmp_path, monkeypatch):
     use_script(monkeypatch, interrupted)
     assert main(base, "--run=dummy", "--save-every=9", "--eval-every=9") == 0
     assert exits == [None, 128 + signal.SIGTERM, None] and gpt.checkpoint_steps(out(base)) == [1]
+
+
+def test_a_signal_in_an_evaluation_begins_no_step(whole, tmp_path, monkeypatch, capsys):
+    """Ranks that got none would otherwise sample a whole step before they hear of it."""
+    base = tmp_path / "base"
+    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
+
+    def interrupted(reference: str, text: str) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return grader(reference, text)
+
+    monkeypatch.setattr(chat_rl, "step", None)
+    use_script(monkeypatch, interrupted)
+    assert main(base, "--run=dummy") == 0
+    assert "stopped after step 0" in capsys.readouterr().out
