@@ -773,3 +773,9 @@ def test_optimizer_groups_are_nanochats(generation):
     assert {2.0 * s, 1.0 * s, 3.0} <= set(rates)
     decays = {group["weight_decay"] for group in gpt.make_optimizers(model)[0].param_groups}
     assert decays == {0.0}
+
+
+def test_a_full_gpu_is_blamed_on_no_file():
+    """A run that cannot load its checkpoint for want of memory must not take it for damaged and begin anew."""
+    with pytest.raises(torch.OutOfMemoryError), gpt.blaming("a file", "copy it"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1120,6 +1120,15 @@ def test_a_run_has_one_day_and_one_template(rank, tmp_path, monkeypatch, seen):
     assert main(tmp_path / "cut", *flags, "--resume", '--chat-template-kwargs={"tone": "wild"}') == 2
 
 
+def test_recompute_reaches_the_blocks(tmp_path, monkeypatch):
+    source, seen = model_folder(tmp_path / "model"), []
+    monkeypatch.setattr(gpt, "recomputed", lambda work, when: seen.append(when) or work)
+    for flags in ([], ["--recompute"]):
+        seen.clear()
+        assert main(tmp_path, *RUN, f"--model-tag={source}", "--max-steps=1", *flags) == 0
+        assert any(seen) == bool(flags)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_from_the_hub(rank, folder, tmp_path, monkeypatch, capsys):
     """Offline, from a cache laid out by hand; the run bears the model's name, and goes on by the same name."""
