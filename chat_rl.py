@@ -1157,7 +1157,7 @@ PRESETS = {
     "lora": dict(matrix_optimizer="adamw", matrix_lr=1e-4, init_lr_frac=1.0),
     "starter": dict(
         task="arithmetic",
-        max_steps=90,
+        max_steps=120,
         examples_per_step=512,
         num_samples=4,
         max_new_tokens=8,
