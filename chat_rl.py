@@ -219,6 +219,11 @@ class Learner:
 TRAINING, EVALUATION, DEALING = 0, 1, 2     # what a random number is for is part of its seed
 
 
+def shuffled(n: int, *counters: int) -> list[int]:
+    generator = torch.Generator().manual_seed(int(gpt.fold(*counters)))
+    return torch.randperm(n, generator=generator).tolist()
+
+
 def questions_of_step(run: Run, step: int) -> list[Example]:
     """The training questions of a step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
@@ -227,16 +232,15 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
     return [run.questions[i] for i in order[place * size : (place + 1) * size]]
 
 
-def shuffled(n: int, *counters: int) -> list[int]:
-    generator = torch.Generator().manual_seed(int(gpt.fold(*counters)))
-    return torch.randperm(n, generator=generator).tolist()
-
-
 def prompt_of(example: Example, tokenizer: Any) -> list[int]:
     """The tokens that ask the question, up to where the model goes on."""
     if isinstance(example.prompt, str):
         return tokenizer.encode_raw(example.prompt + example.task.prefill)
     return tokenizer.render(example.prompt) + tokenizer.encode(example.task.prefill)
+
+
+def batched(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def rollout(
@@ -260,6 +264,12 @@ def rollout(
     return groups
 
 
+def text_of(completion: Completion, tokenizer: Any) -> str:
+    """What the model said, without the token that ended its turn."""
+    tokens = completion.tokens
+    return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
+
+
 def grade(run: Run, groups: list[Group]) -> list[Group]:
     """Scores and rewards every completion, and compares it with its group."""
     for group in groups:
@@ -276,12 +286,6 @@ def grade(run: Run, groups: list[Group]) -> list[Group]:
     return groups
 
 
-def text_of(completion: Completion, tokenizer: Any) -> str:
-    """What the model said, without the token that ended its turn."""
-    tokens = completion.tokens
-    return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
-
-
 def ask(
     run: Run, learner: Learner, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str
 ) -> list[Group]:
@@ -291,6 +295,11 @@ def ask(
     mine = examples[ranks.rank :: ranks.size]
     groups = ranks.attempt(lambda: grade(run, rollout(run, learner.sampler, mine, num_samples, policy, seed, title)))
     return [] if ranks.stopping() else ranks.gather(groups)
+
+
+def num_sampled(groups: list[Group]) -> int:
+    """The number of tokens that the policy drew, as opposed to forced ones."""
+    return sum(sum(completion.mask) for group in groups for completion in group.completions)
 
 
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
@@ -305,11 +314,6 @@ def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
         "truncated": mean(c.tokens[-1] not in stops for c in completions),
         "entropy": sum(c.entropy for c in completions) / num_sampled(groups),
     }
-
-
-def num_sampled(groups: list[Group]) -> int:
-    """The number of tokens that the policy drew, as opposed to forced ones."""
-    return sum(sum(completion.mask) for group in groups for completion in group.completions)
 
 
 def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: Callable = loss_of) -> Tensor:
@@ -362,6 +366,27 @@ def update(run: Run, learner: Learner, num_tokens: float) -> float:
     return norm
 
 
+def bounds_of(flags: Flags) -> tuple[float, float]:
+    """What the ratio is clipped to."""
+    clip = [float(x) for x in (flags.clip or "1,inf").split(",")]
+    return 1 - clip[0], 1 + clip[-1]
+
+
+def largest(log_ratios: Tensor) -> float:
+    return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
+
+
+def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
+    """How far the policy was from the one that sampled, given log π / π_sampled of tokens: sums over them."""
+    ratio = drift.exp()
+    return {
+        "tokens": len(drift),
+        "gap": drift.abs().sum().item(),
+        "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
+        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
+    }
+
+
 def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> dict:
     """The updates of a step, each rank's share of every part. Returns what they did: metrics."""
     flags, ranks = run.flags, learner.ranks
@@ -390,27 +415,6 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
         "approx_kl": total["kl"] / count,
         "clip_fraction": total["clipped"] / count,
-    }
-
-
-def bounds_of(flags: Flags) -> tuple[float, float]:
-    """What the ratio is clipped to."""
-    clip = [float(x) for x in (flags.clip or "1,inf").split(",")]
-    return 1 - clip[0], 1 + clip[-1]
-
-
-def largest(log_ratios: Tensor) -> float:
-    return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
-
-
-def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
-    """How far the policy was from the one that sampled, given log π / π_sampled of tokens: sums over them."""
-    ratio = drift.exp()
-    return {
-        "tokens": len(drift),
-        "gap": drift.abs().sum().item(),
-        "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
-        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
     }
 
 
@@ -468,10 +472,6 @@ def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict,
         metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = solved(groups, k)
     metrics["greedy"], metrics["greedy_error"] = solved(greedy, 1)
     return metrics, groups
-
-
-def batched(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1270,7 +1270,7 @@ def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> F
     if "num_epochs" in given:
         preset.pop("max_steps", None)
     resumable = {f.name: f.metadata["resumable"] for f in fields(Flags)}
-    for name in saved.keys() - resumable:
+    for name in sorted(saved.keys() - resumable):
         say(f"passing over {option(name)} {saved.pop(name)}, which the run has and this version does not know")
     differing = [
         f"{option(name)} {saved[name]}, not {value}"
@@ -1388,6 +1388,15 @@ def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) 
     return flags, model, tokenizer, meta, training
 
 
+def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
+    prompt = examples[0].prompt
+    if isinstance(prompt, str) and not tokenizer.markers & set(tokenizer.encode_raw(prompt)):
+        say(
+            "warning: --raw-prompt, but none of the model's own markers is in the first question: "
+            + shortened(prompt, 80)
+        )
+
+
 def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training and test questions whose prompts have at most `limit` tokens. Raises UserError."""
     questions, tests = load_task(flags)
@@ -1406,32 +1415,6 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
         )
     warn_of_markers(questions or next(iter(tests.values())), tokenizer)
     return questions, tests
-
-
-def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
-    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
-    before anything but the starter is written, on what is amiss. The run's folder stays locked as long as the stack
-    is open."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
-    source, name = find_source(given.get("model_tag"), base)
-    out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
-    flags, model, tokenizer, meta, training = load(given, source, out, base, ranks)
-    questions, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
-    num_steps = flags.max_steps
-    if num_steps is None:
-        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    claim(out, training is None and num_steps > 0, stack)
-    run = Run(flags, questions, tests, tokenizer, meta, out, num_steps, meta["step"])
-    return run, {"model": model, "training": training}
-
-
-def warn_of_markers(examples: list[Example], tokenizer: Any) -> None:
-    prompt = examples[0].prompt
-    if isinstance(prompt, str) and not tokenizer.markers & set(tokenizer.encode_raw(prompt)):
-        say(
-            "warning: --raw-prompt, but none of the model's own markers is in the first question: "
-            + shortened(prompt, 80)
-        )
 
 
 def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
@@ -1454,6 +1437,23 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write "
                         "to") from error
+
+
+def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
+    """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
+    before anything but the starter is written, on what is amiss. The run's folder stays locked as long as the stack
+    is open."""
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    source, name = find_source(given.get("model_tag"), base)
+    out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
+    flags, model, tokenizer, meta, training = load(given, source, out, base, ranks)
+    questions, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
+    num_steps = flags.max_steps
+    if num_steps is None:
+        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
+    claim(out, training is None and num_steps > 0, stack)
+    run = Run(flags, questions, tests, tokenizer, meta, out, num_steps, meta["step"])
+    return run, {"model": model, "training": training}
 
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
