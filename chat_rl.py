@@ -59,7 +59,7 @@ from gpt import GPT, Completion, Policy, Ranks, Sampler, Tokenizer, UserError
 # Flags
 
 
-def flag(default: Any, help: str, low: float = -math.inf, choices: tuple = (), resumable: bool = False) -> Any:
+def flag(default: Any, help: str, low: float = 0, choices: tuple = (), resumable: bool = False) -> Any:
     """A field of Flags: its default, its one line of help, the least value it may have or the values to choose from.
     One that is resumable may change when a run goes on: it does not change what is computed, beyond rounding."""
     return field(default=default, metadata=dict(help=help, low=low, choices=choices, resumable=resumable))
@@ -79,10 +79,10 @@ class Flags:
                       choices=("bfloat16", "float32"))
     model_tag: str | None = flag(None, "nanochat tag such as d20, folder (nanochat's or Hugging Face's) or hub name "
                                  "(default: the largest d<N>)", resumable=True)
-    model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", low=0, resumable=True)
+    model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", resumable=True)
     chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
     chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
-    lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)", low=0)
+    lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)")
     task: str | None = flag(None, "a row of TASKS (default: arithmetic with the starter, gsm8k-boxed with Hugging "
                             "Face's models, else gsm8k)")
     data: str | None = flag(None, "training questions: a hub name, a JSONL file, or a folder with train and test files "
@@ -98,13 +98,13 @@ class Flags:
     raw_prompt: bool = flag(False, "questions hold the model's own markers: no chat template around them")
     grader: str | None = flag(None, "number, boxed-number, boxed-math, tagged-number or exact (default: the task's)")
     num_epochs: int = flag(1, "passes over the training questions", low=1)
-    max_steps: int | None = flag(None, "length of the run (default: that of the epochs; 0 evaluates and exits)", low=0)
+    max_steps: int | None = flag(None, "length of the run (default: that of the epochs; 0 evaluates and exits)")
     examples_per_step: int = flag(16, "questions per step, over all ranks", low=1)
     num_samples: int = flag(16, "completions sampled per question", low=2)
     max_new_tokens: int = flag(256, "length limit of a completion, in tokens", low=1)
     temperature: float = flag(1.0, "of sampling in training (above 0)", low=1e-6)
-    top_k: int = flag(50, "sample from the k likeliest tokens, in training and evaluation (0: from all)", low=0)
-    rollout_batch_size: int = flag(256, "rows sampled at once, rounded up to whole groups (0: no bound)", low=0,
+    top_k: int = flag(50, "sample from the k likeliest tokens, in training and evaluation (0: from all)")
+    rollout_batch_size: int = flag(256, "rows sampled at once, rounded up to whole groups (0: no bound)",
                                    resumable=True)
     device_batch_size: int = flag(8, "rows in one forward and backward: less takes less memory", low=1, resumable=True)
     recompute: bool = flag(False, "compute blocks again in the backward: slower, in less memory", resumable=True)
@@ -113,19 +113,19 @@ class Flags:
     max_ratio: float | None = flag(None, "leave out updates with a token's ratio, or its inverse, above this (default: "
                                    "none)", low=1.001)
     matrix_optimizer: str = flag("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
-    embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)", low=0)
-    unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)", low=0)
-    matrix_lr: float = flag(0.02, "learning rate of the matrices", low=0)
-    weight_decay: float = flag(0.0, "of the embedding and the unembedding (Adam)", low=0)
-    init_lr_frac: float = flag(0.05, "all rates start at this fraction", low=0)
+    embedding_lr: float = flag(0.2, "learning rate of the embeddings (Adam)")
+    unembedding_lr: float = flag(0.004, "learning rate of the unembedding (Adam)")
+    matrix_lr: float = flag(0.02, "learning rate of the matrices")
+    weight_decay: float = flag(0.0, "of the embedding and the unembedding (Adam)")
+    init_lr_frac: float = flag(0.05, "all rates start at this fraction")
     lr_schedule: str = flag("linear", "of all rates: linear (to zero) or constant", choices=("linear", "constant"))
     eval_every: int = flag(60, "steps between evaluations", low=1, resumable=True)
-    eval_examples: int = flag(400, "test questions in an evaluation (0: all)", low=0)
+    eval_examples: int = flag(400, "test questions in an evaluation (0: all)")
     eval_samples: int = flag(8, "completions per test question: pass@k for k = 1 … that", low=1)
     save_every: int = flag(60, "steps between checkpoints", low=1, resumable=True)
     keep_last: int = flag(2, "checkpoints that keep optimizer state, to resume from", low=1, resumable=True)
     resume: bool = flag(False, "go on from the last sound checkpoint of this tag's run, if any", resumable=True)
-    seed: int = flag(42, "of the order of questions and of sampling", low=0)
+    seed: int = flag(42, "of the order of questions and of sampling")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,6 +155,7 @@ class Group:
     scores: list[float] = field(default_factory=list)  # what the grader gave, 0 to 1
     rewards: list[float] = field(default_factory=list)  # what is learned from
     advantages: list[float] = field(default_factory=list)
+    timeouts: int = 0                       # gradings that took too long
 
     def lessons(self) -> list[tuple[Completion, float]]:
         """The completions that there is something to learn from, and their advantages."""
@@ -276,11 +277,13 @@ def grade(run: Run, groups: list[Group]) -> list[Group]:
         prefill = group.example.task.prefill
         asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
         opened = "<think>" * asked.rstrip().endswith("<think>") + prefill
+        before = same_math.timeouts
         for completion in group.completions:
             text = opened + text_of(completion, run.tokenizer)
             group.scores.append(
                 max(group.example.task.grader(reference, text) for reference in group.example.references)
             )
+        group.timeouts = same_math.timeouts - before
         group.rewards = [reward_of(score) for score in group.scores]
         group.advantages = advantages_of(group.rewards)
     return groups
@@ -305,6 +308,8 @@ def num_sampled(groups: list[Group]) -> int:
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
     """Means over the completions, the questions or the sampled tokens of a rollout."""
     completions = [completion for group in groups for completion in group.completions]
+    learned = sum(sum(completion.mask) for group in groups for completion, _ in group.lessons())
+    num_tokens = num_sampled(groups)
     mean = statistics.fmean
     return {
         "reward": mean(reward for group in groups for reward in group.rewards),
@@ -312,7 +317,9 @@ def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
         "all_wrong": mean(max(group.scores) < 1 for group in groups),
         "completion_length": mean(len(c.tokens) for c in completions),
         "truncated": mean(c.tokens[-1] not in stops for c in completions),
-        "entropy": sum(c.entropy for c in completions) / num_sampled(groups),
+        "entropy": sum(c.entropy for c in completions) / num_tokens,
+        "advantage_tokens": learned / num_tokens,
+        "grader_timeouts": sum(group.timeouts for group in groups),
     }
 
 
@@ -372,21 +379,6 @@ def bounds_of(flags: Flags) -> tuple[float, float]:
     return 1 - clip[0], 1 + clip[-1]
 
 
-def largest(log_ratios: Tensor) -> float:
-    return log_ratios.abs().amax().item() if len(log_ratios) else 0.0
-
-
-def measure_drift(drift: Tensor, low: float, high: float) -> dict[str, float]:
-    """How far the policy was from the one that sampled, given log π / π_sampled of tokens: sums over them."""
-    ratio = drift.exp()
-    return {
-        "tokens": len(drift),
-        "gap": drift.abs().sum().item(),
-        "kl": (ratio - 1 - drift).sum().item(),  # the k3 estimate (Schulman 2020)
-        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
-    }
-
-
 def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> dict:
     """The updates of a step, each rank's share of every part. Returns what they did: metrics."""
     flags, ranks = run.flags, learner.ranks
@@ -394,27 +386,25 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     loss = partial(loss_of, low=low, high=high)
     before = learner.weights.clone()
     norms = []                              # of the gradient, in each part that was learned from
-    drifts = [before.new_zeros(0)]          # log π / π_sampled of each part's tokens
+    drifts = []                             # log π / π_sampled of each part's tokens, those of all ranks
     parts = deal(run, groups)
     for part, num_tokens in parts:
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
-        drifts.append(backward(learner.model, mine, policy, flags.device_batch_size, loss))
-        if not flags.max_ratio or ranks.max(largest(drifts[-1])) <= math.log(flags.max_ratio):
+        drift = backward(learner.model, mine, policy, flags.device_batch_size, loss)
+        drifts.append(torch.tensor(sum(ranks.everyone(drift.tolist()), []), dtype=torch.float64))
+        if not flags.max_ratio or drifts[-1].abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
-    drift = torch.cat(drifts)
-    first = ranks.sum(measure_drift(torch.cat(drifts[:2]), low, high))
-    total = ranks.sum(measure_drift(drift, low, high))
-    count = max(total["tokens"], 1)
+    drift = torch.cat(drifts or [torch.zeros(1)])
+    ratio = drift.exp()
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
         "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
-        "advantage_tokens": total["tokens"] / num_sampled(groups),
         "parts_left_out": len(parts) - len(norms),
-        "sampler_gap": first["gap"] / max(first["tokens"], 1),  # before any update
-        "ratio_max": math.exp(min(ranks.max(largest(drift)), 700)),
-        "approx_kl": total["kl"] / count,
-        "clip_fraction": total["clipped"] / count,
+        "sampler_gap": drifts[0].abs().mean().item() if drifts else 0.0,  # before any update
+        "ratio_max": drift.abs().max().exp().item(),
+        "approx_kl": (ratio - 1 - drift).mean().item(),  # the k3 estimate (Schulman 2020)
+        "clip_fraction": ((ratio < low) | (ratio > high)).double().mean().item(),
     }
 
 
@@ -427,10 +417,9 @@ def step(run: Run, learner: Learner) -> dict | None:
     groups = ask(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}")
     if not groups:
         return None
-    metrics = summarize(groups, run.tokenizer.stops) | learner.ranks.sum({"grader_timeouts": forget_timeouts()})
     rolled_out = time.monotonic()
-    rollout_seconds = learner.ranks.max(rolled_out - start)  # of the rank that began first
-    metrics |= learn(run, learner, groups, policy)
+    rollout_seconds = max(learner.ranks.everyone(rolled_out - start))  # of the rank that began first
+    metrics = summarize(groups, run.tokenizer.stops) | learn(run, learner, groups, policy)
     return metrics | {
         "lrm": run.lrm,
         "rollout_seconds": rollout_seconds,
@@ -467,7 +456,7 @@ def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict,
         right = [sum(score >= 1 for score in group.scores) for group in groups]
         return mean_and_error([pass_at_k(len(groups[0].scores), c, k) for c in right])
 
-    metrics = learner.ranks.sum({"grader_timeouts": forget_timeouts()})
+    metrics = {"grader_timeouts": sum(group.timeouts for group in groups + greedy)}
     for k in range(1, flags.eval_samples + 1):
         metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = solved(groups, k)
     metrics["greedy"], metrics["greedy_error"] = solved(greedy, 1)
@@ -486,15 +475,16 @@ def after_marks(text: str) -> str:
 
 def last_box(text: str) -> str:
     r"""What stands in the last \boxed{} whose braces are balanced, on one line; "" where there is none."""
-    ends = []
-    for token in reversed([*re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL)]):
-        if token[0] == "}":
-            ends.append(token.start())
-        elif token[0] != r"\{" and token[0][-1] == "{" and ends:
-            end = ends.pop()
-            if token[0] != "{":
-                return " ".join(text[token.end() : end].split()).rstrip(".")
-    return ""
+    opened, last = [], ""
+    for mark in re.finditer(r"(\\boxed\s*)?\{|\}|\\.", text, re.DOTALL):
+        if mark[0].endswith("{") and mark[0] != r"\{":
+            opened.append(mark)
+        elif mark[0] == "}" and opened:
+            start = opened.pop()
+            content = text[start.end() : mark.start()]
+            if start[1] and r"\boxed" not in content:
+                last = content
+    return " ".join(last.split()).rstrip(".")
 
 
 def last_answer(text: str) -> str:
@@ -643,12 +633,6 @@ GRADERS = {
 }
 
 
-def forget_timeouts() -> int:
-    """The number of gradings since the last call that took too long."""
-    count, same_math.timeouts = same_math.timeouts, 0
-    return count
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tasks: where questions come from, and what is put around them
 
@@ -684,20 +668,13 @@ def make_sums() -> dict[str, list[dict]]:
 
 
 SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
-MATH_500 = "HuggingFaceH4/MATH-500"
+    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+).split()
 
 
 def fetch_math() -> dict[str, list[dict]]:
     """MATH (Hendrycks et al. 2021): all 12,500 problems but the 500 that MATH-500 tests."""
-    test = load_rows(MATH_500)["test"]
+    test = load_rows("HuggingFaceH4/MATH-500")["test"]
     held_out = {row["problem"] for row in test}
     parts = [load_rows("EleutherAI/hendrycks_math", subject) for subject in SUBJECTS]
     rows = [row for part in parts for split in ("train", "test") for row in part[split]]
@@ -810,11 +787,14 @@ def task_of(name: str, flags: Flags) -> Task:
 
 def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
-    task, questions, tests = task_of(flags.task, flags), [], {}
-    make = task.data if callable(task.data) else partial(load_rows, task.data)
-    where = flags.task if callable(task.data) else task.data or f"{flags.task} without --data"
-    splits = make() if task.data and (flags.max_steps != 0 or not task.eval_data) else {}
-    if flags.max_steps != 0:
+    task = task_of(flags.task, flags)
+    training = flags.max_steps != 0
+    made = callable(task.data)
+    where = flags.task if made else task.data or f"{flags.task} without --data"
+    splits, questions, tests = {}, [], {}
+    if task.data and (training or not task.eval_data):
+        splits = task.data() if made else load_rows(task.data)
+    if training:
         questions = load_examples(task, splits.get("train", []), f"train of {where}")
     if not task.eval_data:
         return questions, {"": load_examples(task, splits.get("test", []), f"test of {where}")}

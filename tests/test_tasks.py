@@ -455,12 +455,6 @@ def test_without_tensorboard_a_line_asks_for_it(base, monkeypatch, capsys):
     refused(base, capsys, [*SMALL, "--tensorboard"], "pip install tensorboard")
 
 
-def test_timeouts_are_counted(monkeypatch):
-    """Those since the last count: each evaluation and each step has its own."""
-    monkeypatch.setattr(chat_rl.same_math, "timeouts", 3)
-    assert [chat_rl.forget_timeouts() for _ in range(2)] == [3, 0]
-
-
 def test_timeouts_of_an_evaluation_are_its_own(base, monkeypatch):
     equal = chat_rl.GRADERS["exact"]
 
