@@ -1189,9 +1189,8 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
     name."""
     tags = find_tags(base)
 
-    def size_and_age(tag: str) -> tuple[int, float]:
-        depth = re.match(r"d(\d+)", tag)
-        return int(depth[1]) if depth else -1, tags[tag]
+    def size_and_age(tag: str) -> tuple:
+        return [int(depth) for depth in re.findall(r"^d(\d+)", tag)], tags[tag]
 
     if tag is None:                         # as nanochat chooses: the largest d<N>, or else the newest
         tag = max(tags, key=size_and_age, default="starter")
@@ -1212,27 +1211,22 @@ def find_out(source: Path | None, name: str, base: Path, evaluation: bool) -> Pa
     return parent / (f"{name}-2" if same else name)
 
 
-def load_begun(out: Path, step: int, source: Path | None, tag: str | None, device: torch.device) -> tuple:
-    """What a run's checkpoint holds: model, tokenizer, meta and training state. The frozen weights of adapters come
-    from the run's source; without one `tag` is a hub name."""
-    meta = gpt.load_meta(out / f"meta_{step:06d}.json")
-    training = gpt.load_training(out, meta, device)
-    flags, place = meta["flags"], (out, step)
-    if flags["lora_rank"]:
-        begun = Path(meta["source"]["path"])
-        source = source or (begun if begun.exists() else gpt.find_hub_folder(tag))
-        meta["source"]["path"] = str(source)
-        place = source, meta["source"]["step"]
-    dtype = getattr(torch, flags["dtype"])
-    model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, flags["lora_rank"], meta["chat_template"])
-    return model, tokenizer, meta, training
-
-
 def find_resumable(out: Path, source: Path | None, tag: str | None, device: torch.device) -> tuple | None:
-    """What the last sound checkpoint in a run's folder holds, if there is one."""
+    """What the last sound checkpoint in a run's folder holds, if there is one: model, tokenizer, meta and training
+    state. The frozen weights of adapters come from the run's source; without one `tag` is a hub name."""
     for step in reversed(gpt.checkpoint_steps(out)):
         try:
-            return load_begun(out, step, source, tag, device)
+            meta = gpt.load_meta(out / f"meta_{step:06d}.json")
+            training = gpt.load_training(out, meta, device)
+            flags, place = meta["flags"], (out, step)
+            if flags["lora_rank"]:
+                begun = Path(meta["source"]["path"])
+                source = source or (begun if begun.exists() else gpt.find_hub_folder(tag))
+                meta["source"]["path"] = str(source)
+                place = source, meta["source"]["step"]
+            dtype = getattr(torch, flags["dtype"])
+            model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, flags["lora_rank"], meta["chat_template"])
+            return model, tokenizer, meta, training
         except torch.OutOfMemoryError:
             raise
         except Exception as error:          # damaged files fail in many ways
