@@ -23,7 +23,6 @@ tokenizers, checkpoints, optimizers) is gpt.py.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -45,6 +44,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import filelock
 import numpy
 import tiktoken
 import torch
@@ -658,9 +658,8 @@ def make_sums() -> dict[str, list[dict]]:
     pairs = list(itertools.combinations_with_replacement(range(100), 2))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = [pairs[i] for i in order[:400]]
-    rest = [pairs[i] for i in order[400:]]
-    swapped = [(b, a) for a, b in rest]
-    splits = {"train": sorted({*rest, *swapped}), "test": held_out}
+    rest = [pair for pair in itertools.product(range(100), repeat=2) if tuple(sorted(pair)) not in held_out]
+    splits = {"train": rest, "test": held_out}
     return {
         name: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in split]
         for name, split in splits.items()
@@ -1016,10 +1015,9 @@ def evaluations_in(lines: list[dict]) -> list[dict]:
 def evaluation_keys(metrics: dict) -> list[str]:
     """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
     accuracy."""
-    names = [key.removesuffix("greedy") for key in metrics if key.endswith("greedy")]
-    powers = [2**i for i in range(1 if len(names) > 1 else 64)]
-    keys = [key for name in names for key in (*(f"{name}pass@{k}" for k in powers), name + "greedy")]
-    return [key for key in keys if metrics.get(key) is not None and metrics.get(key + "_error") is not None]
+    several = sum(key.endswith("greedy") for key in metrics) > 1
+    shown = re.compile(r"(pass@1|greedy)$" if several else r"(pass@(1|2|4|8|16|32|64|128|256|512)|greedy)$")
+    return [key for key in metrics if shown.search(key) and None not in (metrics[key], metrics.get(key + "_error"))]
 
 
 def evaluation_row(metrics: dict) -> str:
@@ -1396,8 +1394,7 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
     earlier run left there is moved to previous/<tag>-<n> by a fresh one. Raises UserError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(open(out.with_name(f".{out.name}.lock"), "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
         if fresh and out.exists() and any(out.iterdir()):
             places = (out.parent / "previous" / f"{out.name}-{n}" for n in itertools.count(1))
             place = next(place for place in places if not place.exists())
@@ -1405,7 +1402,7 @@ def claim(out: Path, fresh: bool, stack: ExitStack) -> None:
             out.rename(place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(parents=True, exist_ok=True)
-    except BlockingIOError as error:
+    except filelock.Timeout as error:
         raise UserError(f"another run is writing to {out}: wait for its end, or copy the checkpoint to a tag of its "
                         "own") from error
     except OSError as error:
