@@ -59,10 +59,11 @@ from gpt import GPT, Completion, Policy, Ranks, Sampler, Tokenizer, UserError
 # Flags
 
 
-def flag(default: Any, help: str, low: float = 0, choices: tuple = (), resumable: bool = False) -> Any:
+def flag(default: Any, help: str, low: float = 0, choices: tuple | None = None, resumable: bool = False) -> Any:
     """A field of Flags: its default, its one line of help, the least value it may have or the values to choose from.
     One that is resumable may change when a run goes on: it does not change what is computed, beyond rounding."""
-    return field(default=default, metadata=dict(help=help, low=low, choices=choices, resumable=resumable))
+    metadata = dict(help=help, low=low, choices=choices, resumable=resumable)
+    return field(default=default, metadata=metadata)
 
 
 def option(name: str) -> str:
@@ -230,7 +231,8 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
     size = run.flags.examples_per_step
     epoch, place = divmod(step, len(run.questions) // size)
     order = shuffled(len(run.questions), run.flags.seed, epoch)
-    return [run.questions[i] for i in order[place * size : (place + 1) * size]]
+    start = place * size
+    return [run.questions[i] for i in order[start : start + size]]
 
 
 def prompt_of(example: Example, tokenizer: Any) -> list[int]:
@@ -245,10 +247,17 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 
 def rollout(
-    run: Run, sampler: Sampler, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str
+    run: Run,
+    sampler: Sampler,
+    examples: list[Example],
+    num_samples: int,
+    policy: Policy,
+    seed: int,
+    title: str,
 ) -> list[Group]:
     """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
-    groups, rows = [], run.flags.rollout_batch_size or sys.maxsize
+    groups = []
+    rows = run.flags.rollout_batch_size or sys.maxsize
     with progress_bar(len(examples) * num_samples, title) as bar:
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
@@ -290,13 +299,24 @@ def grade(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def ask(
-    run: Run, learner: Learner, examples: list[Example], num_samples: int, policy: Policy, seed: int, title: str
+    run: Run,
+    learner: Learner,
+    examples: list[Example],
+    num_samples: int,
+    policy: Policy,
+    seed: int,
+    title: str,
 ) -> list[Group]:
     """Samples and grades, each rank its share of the examples. Returns the groups of all ranks, in the examples'
     order; [] where a signal cut it short."""
     ranks = learner.ranks
     mine = examples[ranks.rank :: ranks.size]
-    groups = ranks.attempt(lambda: grade(run, rollout(run, learner.sampler, mine, num_samples, policy, seed, title)))
+
+    def work() -> list[Group]:
+        groups = rollout(run, learner.sampler, mine, num_samples, policy, seed, title)
+        return grade(run, groups)
+
+    groups = ranks.attempt(work)
     return [] if ranks.stopping() else ranks.gather(groups)
 
 
@@ -341,8 +361,9 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
             questions, completions, advantages = zip(*batch)
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
             logprobs, row = gpt.completion_logprobs(model, prefixes, completions, policy)
-            sampled = [logprob for c in completions for logprob, mask in zip(c.logprobs, c.mask) if mask]
-            sampled, advantages = (torch.tensor(x, device=model.device) for x in (sampled, advantages))
+            sampled = [x for c in completions for x in itertools.compress(c.logprobs, c.mask)]
+            sampled = torch.tensor(sampled, device=model.device)
+            advantages = torch.tensor(advantages, device=model.device)
             loss(logprobs, sampled, advantages[row]).sum().backward()
             log_ratios.append(logprobs.detach() - sampled)
         prefix.backward(leaves)
@@ -354,10 +375,11 @@ def deal(run: Run, groups: list[Group]) -> list[tuple[list[Group], float]]:
     tokens that each part is normalised by. Those of the groups left out are shared among the parts, so that a single
     one is normalised by all tokens of the step."""
     K = run.flags.updates_per_rollout
-    order = [i for i in shuffled(len(groups), run.flags.seed, DEALING, run.step) if groups[i].lessons()]
+    order = shuffled(len(groups), run.flags.seed, DEALING, run.step)
+    learned = [i for i in order if groups[i].lessons()]
     rest = num_sampled([group for group in groups if not group.lessons()]) / K
-    parts = [[groups[i] for i in sorted(order[k::K])] for k in range(min(K, len(order)))]
-    return [(part, num_sampled(part) + rest) for part in parts]
+    parts = [[groups[i] for i in sorted(learned[k::K])] for k in range(K)]
+    return [(part, num_sampled(part) + rest) for part in parts if part]
 
 
 def update(run: Run, learner: Learner, num_tokens: float) -> float:
@@ -392,19 +414,22 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
         drift = backward(learner.model, mine, policy, flags.device_batch_size, loss)
-        drifts.append(torch.tensor(sum(ranks.everyone(drift.tolist()), []), dtype=torch.float64))
-        if not flags.max_ratio or drifts[-1].abs().max() <= math.log(flags.max_ratio):
+        drift = torch.cat([torch.tensor(part) for part in ranks.everyone(drift.tolist())])
+        drifts.append(drift.double())
+        if not flags.max_ratio or drift.abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
     drift = torch.cat(drifts or [torch.zeros(1)])
     ratio = drift.exp()
+    clipped = (ratio < low) | (ratio > high)
+    change = learner.weights - before
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
-        "update_norm": ((learner.weights - before).norm() / before.norm()).item(),
+        "update_norm": change.norm().item() / before.norm().item(),
         "parts_left_out": len(parts) - len(norms),
         "sampler_gap": drifts[0].abs().mean().item() if drifts else 0.0,  # before any update
         "ratio_max": drift.abs().max().exp().item(),
         "approx_kl": (ratio - 1 - drift).mean().item(),  # the k3 estimate (Schulman 2020)
-        "clip_fraction": ((ratio < low) | (ratio > high)).double().mean().item(),
+        "clip_fraction": clipped.double().mean().item(),
     }
 
 
@@ -436,8 +461,9 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
+    if len(values) == 1:
+        return values[0], 0.0
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict, list[Group]]:
@@ -453,8 +479,9 @@ def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict,
         return {}, []
 
     def solved(groups: list[Group], k: int) -> tuple[float, float]:
+        n = len(groups[0].scores)
         right = [sum(score >= 1 for score in group.scores) for group in groups]
-        return mean_and_error([pass_at_k(len(groups[0].scores), c, k) for c in right])
+        return mean_and_error([pass_at_k(n, c, k) for c in right])
 
     metrics = {"grader_timeouts": sum(group.timeouts for group in groups + greedy)}
     for k in range(1, flags.eval_samples + 1):
@@ -517,7 +544,9 @@ def only_number(text: str) -> Decimal | None:
     '3/4'."""
     plain = re.sub(r"\\[,!$]|[{},$]", "", text)
     found = NUMBER.match(plain)
-    return Decimal(found[1]) if found and not re.search(r"\d", plain[found.end() :]) else None
+    if not found or re.search(r"\d", plain[found.end() :]):
+        return None
+    return Decimal(found[1])
 
 
 POWER = re.compile(r"([)}\]]?)\s*\^\s*(\{(?:[^{}^]|\{[^{}^]*\})*\}|[^{}^])(?!\s*\^)")
@@ -532,9 +561,11 @@ def small(latex: str) -> str | None:
     """An expression that can be compared in a second or so, by its size, depth and powers, or else None."""
     if not 0 < len(latex) <= 200:
         return None
-    depth = max(itertools.accumulate((c in "([{") - (c in ")]}") for c in latex))
+    turns = ((c in "([{") - (c in ")]}") for c in latex)
+    depth = max(itertools.accumulate(turns))
     powers = POWER.findall(latex)
-    heights = [int(n) or 1 for bracket, exponent in powers if bracket for n in re.findall(r"\d+", exponent)]
+    raised = " ".join(exponent for bracket, exponent in powers if bracket)  # to which a bracket is raised
+    heights = [int(n) or 1 for n in re.findall(r"\d+", raised)]
     fine = (
         depth <= 5
         and len(SLOW.findall(latex)) <= 4
@@ -592,7 +623,8 @@ def same_math(reference: str, answer: str) -> bool:
     too long are not, and counted in same_math.timeouts."""
     if reference == answer or (reference + answer).isdecimal():
         return reference.lstrip("0") == answer.lstrip("0")
-    server = IDLE.pop() if IDLE and IDLE[-1].poll() is None else start_server()
+    alive = IDLE and IDLE[-1].poll() is None
+    server = IDLE.pop() if alive else start_server()
     print(json.dumps([reference, answer]), file=server.stdin, flush=True)
     reply = server.stdout.readline()
     if reply:
@@ -620,7 +652,8 @@ class Grader:
 
     def __call__(self, reference: str, text: str) -> float:
         """Whether they are equal, 1.0 or 0.0, whatever a model wrote."""
-        right, said = self.read(self.in_reference(reference)), self.read(self.in_text(text))
+        right = self.read(self.in_reference(reference))
+        said = self.read(self.in_text(text))
         return float(None not in (right, said) and self.equal(right, said))
 
 
@@ -658,7 +691,8 @@ def make_sums() -> dict[str, list[dict]]:
     pairs = list(itertools.combinations_with_replacement(range(100), 2))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = [pairs[i] for i in order[:400]]
-    rest = [pair for pair in itertools.product(range(100), repeat=2) if tuple(sorted(pair)) not in held_out]
+    every = itertools.product(range(100), repeat=2)
+    rest = [(a, b) for a, b in every if (min(a, b), max(a, b)) not in held_out]
     splits = {"train": rest, "test": held_out}
     return {
         name: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in split]
@@ -712,7 +746,10 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
             splits = datasets.load_dataset("json", data_files=place)
         else:
             splits = datasets.load_dataset(place, "main" if place == "openai/gsm8k" else config)
-        rows = {name: [{**row, "row": i} for i, row in enumerate(split)] for name, split in splits.items()}
+        rows = {
+            name: [{**row, "row": i} for i, row in enumerate(split)]
+            for name, split in splits.items()
+        }
     if "test" in rows:
         order = numpy.random.default_rng(42).permutation(len(rows["test"]))  # what Dataset.shuffle(seed=42) does
         rows["test"] = [rows["test"][i] for i in order]
@@ -727,18 +764,23 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
         place = f"row {row.get('row', i)} of {where}"
         for key in (task.prompt_key, task.answer_key):
             if row.get(key) in (None, "", []):
-                there = ", ".join(name for name, value in row.items() if name != "row" and value is not None)
-                raise UserError(f"{place} has no {key!r} (it has {there}): name the columns by --prompt-key and "
-                                "--answer-key, or mend the row")
-        prompt, answer = row[task.prompt_key], row[task.answer_key]
+                there = [name for name, value in row.items() if name != "row" and value is not None]
+                raise UserError(
+                    f"{place} has no {key!r} (it has {', '.join(there)}): name the columns by --prompt-key and "
+                    "--answer-key, or mend the row"
+                )
+        prompt = row[task.prompt_key]
+        answer = row[task.answer_key]
         references = map(str, answer if isinstance(answer, list) else [answer])
         if references := [reference for reference in references if task.grader.reads(reference)]:
             examples.append(Example(i, prompt_in(task, prompt, place), references, task))
         else:
             unread.append(place)
     if unread:
-        say(f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, "
-            f"the first in {unread[0]}")
+        say(
+            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the "
+            f"first in {unread[0]}"
+        )
     if not examples:
         what = "questions with references that the grader can read" if rows else "questions"
         raise UserError(f"{where} has no {what}: pass --data (or --eval-data) another place, or another --grader")
@@ -758,13 +800,18 @@ def prompt_in(task: Task, value: Any, place: str) -> list[dict] | str:
 
 def checked_messages(value: Any, place: str, last: str) -> list[dict]:
     """A chat that ends with a message of that role. Raises UserError where it is none."""
-    messages = [m if isinstance(m, dict) else {} for m in value] if isinstance(value, list) else []
-    roles = " ".join(str(m.get("role")) for m in messages)
-    texts = all(isinstance(m.get("content"), str) for m in messages)
+    try:
+        messages = [{"role": m["role"], "content": m["content"]} for m in value]
+        roles = " ".join(m["role"] for m in messages)
+    except (TypeError, KeyError):
+        messages, roles = [], ""
+    texts = all(isinstance(m["content"], str) for m in messages)
     if not texts or not re.fullmatch(rf"(system )?((user|assistant) )*{last}", roles):
-        raise UserError(f"{place} is no list of messages with a role (system for the first alone, user, assistant) and "
-                        f"a content that ends with the {last}'s: mend it")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+        raise UserError(
+            f"{place} is no list of messages with a role (system for the first alone, user, assistant) and a content "
+            f"that ends with the {last}'s: mend it"
+        )
+    return messages
 
 
 def task_of(name: str, flags: Flags) -> Task:
@@ -773,7 +820,8 @@ def task_of(name: str, flags: Flags) -> Task:
         raise UserError(f"--task {name} is unknown: choose {', '.join(TASKS)}")
     if flags.grader not in (None, *GRADERS):
         raise UserError(f"--grader {flags.grader} is unknown: choose {', '.join(GRADERS)}")
-    overrides = {f.name: value for f in fields(Task) if (value := getattr(flags, f.name)) not in (None, False)}
+    given = {f.name: getattr(flags, f.name) for f in fields(Task)}
+    overrides = {name: value for name, value in given.items() if value not in (None, False)}
     if flags.grader:
         overrides["grader"] = GRADERS[flags.grader]
     if flags.few_shot:
@@ -825,7 +873,8 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
 
 
 def make_output_safe() -> None:
@@ -885,7 +934,8 @@ class Log:
         """Takes up the log at the run's step: what an interrupted run wrote after it is cut off."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         self.wandb = self.tensorboard = None
-        self.lines = [line for line in read_lines(self.path) if line["step"] < run.step]
+        lines = read_lines(self.path)
+        self.lines = [line for line in lines if line["step"] < run.step]
         gpt.write_file(self.path, b"".join(map(json_line, self.lines)))
         if run.flags.run != "dummy":
             self.tell_wandb(lambda: self.start_wandb(run))
@@ -944,6 +994,7 @@ class Log:
                 "question": str(group.example),
                 "reference": " or ".join(group.example.references),
                 "completions": [text_of(completion, tokenizer) for completion in group.completions],
+                "scores": group.scores,
                 "rewards": group.rewards,
             }
             for name, part in groups.items()
@@ -952,16 +1003,21 @@ class Log:
         gpt.write_file(self.out / f"samples_{step:06d}.jsonl", b"".join(map(json_line, rows)))
         if self.wandb:
             self.tell_wandb(lambda: self.log_table(step, rows))
-        scores = [[score >= 1 for score in group.scores] for part in groups.values() for group in part]
-        right, row = min(zip(scores, rows), key=lambda pair: (-len({*pair[0]}), sum(pair[0])))
+
+        def ease(row: dict) -> tuple[int, int]:
+            right = [score >= 1 for score in row["scores"]]
+            return -len({*right}), sum(right)
+
+        row = min(rows, key=ease)
         say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
-        for is_right, said in sorted(dict(zip(right, row["completions"])).items(), reverse=True):
-            say(f"  {'right' if is_right else 'wrong'}      {shortened(said)}")
+        said = {score >= 1: text for score, text in zip(row["scores"], row["completions"])}
+        for right in sorted(said, reverse=True):
+            say(f"  {'right' if right else 'wrong'}      {shortened(said[right])}")
 
     def log_table(self, step: int, rows: list[dict]) -> None:
         import pandas, wandb
 
-        table = pandas.DataFrame(rows).explode(["completions", "rewards"])
+        table = pandas.DataFrame(rows).explode(["completions", "scores", "rewards"])
         self.wandb.log({"step": step, "samples": wandb.Table(dataframe=table)})
 
     def plot(self) -> None:
@@ -970,23 +1026,26 @@ class Log:
         from matplotlib.figure import Figure
 
         table = pandas.DataFrame(self.lines, columns=None if self.lines else ["step"]).set_index("step")
-        tested = evaluation_keys((evaluations_in(self.lines) or [{}])[-1])
+        tests = evaluations_in(self.lines)
         figure = Figure(figsize=(16, 7), layout="constrained")
         for axes, (title, keys) in zip(figure.subplots(2, 4).flat, PANELS.items()):
             for key in keys:
                 y = table.reindex(columns=[key])[key].dropna()
-                [line] = axes.plot(y.rolling(10, min_periods=1).mean(), label=key)
+                smooth = y.rolling(10, min_periods=1).mean()
+                [line] = axes.plot(smooth, label=key)
                 axes.plot(y, color=line.get_color(), alpha=0.35, linewidth=1)
-            for key in [] if keys else tested:
+            for key in evaluation_keys(tests[-1]) if tests and not keys else ():
                 y = table[[key, key + "_error"]].dropna()
-                style = "--" if key.endswith("greedy") else "-"
-                axes.errorbar(y.index, *y.values.T, label=key, capsize=3, marker="o", markersize=3, linestyle=style)
+                style = "--o" if key.endswith("greedy") else "-o"
+                axes.errorbar(y.index, y[key], y[key + "_error"], label=key, capsize=3, markersize=3, fmt=style)
             low, high = axes.dataLim.intervaly
-            axes.set(title=title, xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))  # rounding is no trouble
+            top = 1.05 * max(high, 0.01)    # rounding is no trouble
+            axes.set(title=title, xlabel="step", ylim=(min(low, 0), top))
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend(fontsize="small")
-        gpt.write_file(self.out / "curve.png", lambda file: figure.savefig(file, dpi=100, format="png"))
+        save = partial(figure.savefig, dpi=100, format="png")
+        gpt.write_file(self.out / "curve.png", save)
 
     def close(self) -> None:
         """Prints what the run has changed, and where to look."""
@@ -1038,7 +1097,8 @@ def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
 
 def sparkline(values: list[float]) -> str:
     """Values as bars, at most 60 of them, each the mean of its share."""
-    means = [statistics.fmean(part) for part in batched(values, math.ceil(len(values) / 60))]
+    share = math.ceil(len(values) / 60)
+    means = [statistics.fmean(part) for part in batched(values, share)]
     low, high = min(means), max(means)
     scale = 7.99 / (high - low or 1)
     return "".join("▁▂▃▄▅▆▇█"[int(scale * (x - low))] for x in means)
@@ -1050,12 +1110,9 @@ def sparkline(values: list[float]) -> str:
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and nanochat's special ones."""
+    ranks = {bytes([i]): i for i in range(256)}
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(Tokenizer.SPECIAL)}
-    return Tokenizer(
-        tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", special_tokens=special, mergeable_ranks={bytes([i]): i for i in range(256)}
-        )
-    )
+    return Tokenizer(tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=special))
 
 
 def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -1064,7 +1121,12 @@ def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> T
 
 
 def teach(
-    model: GPT, tokenizer: Any, examples: list[Example], goal: float, size: int, optimizers: list
+    model: GPT,
+    tokenizer: Any,
+    examples: list[Example],
+    goal: float,
+    size: int,
+    optimizers: list[torch.optim.Optimizer],
 ) -> int:
     """Supervised learning of the references, `size` questions a step, until the model's own completions score
     `goal`, or for 1,000 steps. It is the update of RL, with one completion per question and the whole softmax for a
@@ -1110,7 +1172,8 @@ def make_starter(folder: Path) -> None:
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     examples = load_examples(TASKS["arithmetic"], make_sums()["train"], "arithmetic")
-    steps = teach(model, tokenizer, examples, goal=0.6, size=128, optimizers=gpt.make_optimizers(model))
+    optimizers = gpt.make_optimizers(model)
+    steps = teach(model, tokenizer, examples, goal=0.6, size=128, optimizers=optimizers)
     gpt.save_checkpoint(folder, steps, model, tokenizer, {"model_config": shape})
 
 
@@ -1158,12 +1221,16 @@ def parse_flags(argv: list[str]) -> dict:
     """The flags given on the command line. Raises UserError where one is out of range."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
     parser.error = fail
-    kinds = {"bool": None, "int": int, "float": float, "str": str}
+    kinds = {"int": int, "float": float, "str": str}
     for f in fields(Flags):
-        kind, default = kinds[f.type.split()[0]], f" (default: {f.default})"
-        help = f.metadata["help"] + default * (str(f.default) not in ("None", "", "False"))
-        options = {"type": kind, "choices": f.metadata["choices"] or None} if kind else {"action": "store_true"}
-        parser.add_argument(option(f.name), help=help, **options)
+        help = f.metadata["help"]
+        if f.type == "bool":
+            parser.add_argument(option(f.name), help=help, action="store_true")
+            continue
+        if f.default not in (None, ""):
+            help += f" (default: {f.default})"
+        kind = kinds[f.type.split()[0]]
+        parser.add_argument(option(f.name), help=help, type=kind, choices=f.metadata["choices"])
     given = vars(parser.parse_args(argv))
     for f in fields(Flags):
         value, low = given.get(f.name), f.metadata["low"]
@@ -1216,14 +1283,15 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
             training = gpt.load_training(out, meta, device)
-            flags, place = meta["flags"], (out, step)
-            if flags["lora_rank"]:
+            place = out, step
+            rank = meta["flags"]["lora_rank"]
+            dtype = getattr(torch, meta["flags"]["dtype"])
+            if rank:
                 begun = Path(meta["source"]["path"])
                 source = source or (begun if begun.exists() else gpt.find_hub_folder(tag))
                 meta["source"]["path"] = str(source)
                 place = source, meta["source"]["step"]
-            dtype = getattr(torch, flags["dtype"])
-            model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, flags["lora_rank"], meta["chat_template"])
+            model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, rank, meta["chat_template"])
             return model, tokenizer, meta, training
         except torch.OutOfMemoryError:
             raise
@@ -1279,7 +1347,8 @@ def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch
     model, tokenizer, loaded = gpt.load_checkpoint(source, step, device, dtype, flags.lora_rank, template)
     if flags.lora_rank:
         gpt.init_adapters(model, flags.seed)
-    digests = sorted(loaded["sha256"][path.name] for path in gpt.checkpoint_files(source, step))
+    files = gpt.checkpoint_files(source, step)
+    digests = sorted(loaded["sha256"][path.name] for path in files)
     meta = {
         "model_config": loaded["model_config"],
         "source": {"path": str(source), "step": step, "sha256": digests},
@@ -1311,7 +1380,10 @@ def check_same_source(meta: dict, source: Path, step: int | None) -> None:
 
 def digest_of(questions: list[Example], tests: dict[str, list[Example]]) -> str:
     """What the questions are, wherever they lie."""
-    content = [[(x.index, x.prompt, x.references) for x in part] for part in (questions, *tests.values())]
+    content = [
+        [(example.index, example.prompt, example.references) for example in part]
+        for part in (questions, *tests.values())
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -1338,23 +1410,27 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
             tokenizer.variables = {**json.loads(flags.chat_template_kwargs)}
 
 
-def load(given: dict, source: Path | None, out: Path, base: Path, ranks: Ranks) -> tuple[Flags, GPT, Any, dict, Any]:
+def load(
+    given: dict, source: Path | None, out: Path, base: Path, device: torch.device
+) -> tuple[Flags, GPT, Any, dict, dict | None]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
-    tag, training = given.get("model_tag"), None
-    resumed = find_resumable(out, source, tag, ranks.device) if given.get("resume") else None
-    if not source and (not resumed or resumed[2]["flags"]["model_tag"] != tag):
+    tag, training, saved = given.get("model_tag"), None, {}
+    resumed = find_resumable(out, source, tag, device) if given.get("resume") else None
+    if resumed:
+        model, tokenizer, meta, training = resumed
+        saved = meta["flags"]
+    if not source and saved.get("model_tag") != tag:
         source = gpt.find_hub_folder(tag)
     place = out if resumed else source
     configs = [*place.glob("config.json"), *place.glob("[0-9]*/config.json")]
     kind = "huggingface" if configs else "nanochat"
     if source == base / "chatsft_checkpoints" / "starter":
         kind = "starter"
-    flags = settle_flags(given, kind, resumed[2]["flags"] if resumed else {}, ranks.device)
+    flags = settle_flags(given, kind, saved, device)
     if resumed:
-        model, tokenizer, meta, training = resumed
         check_same_source(meta, source or Path(meta["source"]["path"]), given.get("model_step"))
     else:
-        model, tokenizer, meta = load_source(source, base, kind, flags, ranks.device)
+        model, tokenizer, meta = load_source(source, base, kind, flags, device)
     meta["flags"] = asdict(flags)
     set_template(tokenizer, flags, meta)
     return flags, model, tokenizer, meta, training
@@ -1414,10 +1490,11 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     """Finds, loads, poses and claims all that a run needs: the run, and the state of what learns. Raises UserError,
     before anything but the starter is written, on what is amiss. The run's folder stays locked as long as the stack
     is open."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().resolve()
+    base = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    base = Path(base).expanduser().resolve()
     source, name = find_source(given.get("model_tag"), base)
     out = find_out(source, name, base, evaluation=given.get("max_steps") == 0)
-    flags, model, tokenizer, meta, training = load(given, source, out, base, ranks)
+    flags, model, tokenizer, meta, training = load(given, source, out, base, ranks.device)
     questions, tests = pose(flags, tokenizer, meta, model.config.max_positions - flags.max_new_tokens)
     num_steps = flags.max_steps
     if num_steps is None:
@@ -1452,8 +1529,9 @@ def save(run: Run, learner: Learner) -> None:
             masters[name] = p.detach().clone()
     training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
     gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
-    done = [path for path in sorted(run.out.glob("optim_*.pt")) if path.name <= f"optim_{run.step:06d}.pt"]
-    for path in done[: -run.flags.keep_last]:
+    files = sorted(run.out.glob("optim_*.pt"))
+    past = [path for path in files if path.name <= f"optim_{run.step:06d}.pt"]
+    for path in past[: -run.flags.keep_last]:
         path.unlink()
 
 
@@ -1478,13 +1556,15 @@ def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> bool:
 def advise(lines: list[dict]) -> None:
     """A word about a run whose first evaluation and first ten steps found nothing right, or nothing wrong."""
     steps = [line for line in lines if "reward" in line]
+    if len(steps) != 10:
+        return
     solved = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
-    if len(steps) == 10 and not any(solved) and all(line["all_wrong"] == 1 for line in steps):
+    if not any(solved) and all(line["all_wrong"] == 1 for line in steps):
         say(
             "nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
             "--num-samples, an easier task, or a model that was taught the format (SFT)"
         )
-    if len(steps) == 10 and all(value == 1 for value in solved + [line["all_right"] for line in steps]):
+    if {1} == {*solved, *(line["all_right"] for line in steps)}:
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 

@@ -394,8 +394,8 @@ def test_weights_and_biases_is_told_all(whole):
     for table in tables:
         rows = samples(whole.base, table["step"])
         assert table["samples"].to_dict("records") == [
-            {**row, "completions": text, "rewards": reward}
-            for row in rows for text, reward in zip(row["completions"], row["rewards"])]
+            {**row, "completions": text, "scores": score, "rewards": reward}
+            for row in rows for text, score, reward in zip(row["completions"], row["scores"], row["rewards"])]
     assert recorded.calls[0][0] == "init" and [name for name, _ in recorded.calls].index("finish") == len(recorded.calls) - 1
 
 

@@ -89,8 +89,8 @@ def test_what_a_run_writes(base, capsys, pictures):
     for line in lines:
         if "greedy" in line:
             rows = samples(base, line["step"], "gpu")
-            assert [sorted(row) for row in rows] == [["completions", "data", "question", "reference", "rewards"]] * 7
-            assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
+            assert [sorted(row) for row in rows] == [["completions", "data", "question", "reference", "rewards", "scores"]] * 7
+            assert all(len(row["completions"]) == 4 and row["rewards"] == row["scores"] for row in rows)
             right = [row["completions"].count(row["reference"]) for row in rows]
             assert right == [sum(row["rewards"]) for row in rows]
             for k in range(1, 5):
