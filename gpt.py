@@ -111,8 +111,13 @@ class Ranks:
         # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
         store, *_ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
         store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=self.TIMEOUT,
+        )
 
     def everyone(self, thing: Any) -> list:
         """All ranks' things, which hold no tensors, on every rank."""
@@ -271,14 +276,16 @@ class Cache:
         own = torch.stack((k, v))
         if self.room is not None:
             end = self.size + k.size(2)
-            self.room[layer, :, :, :, self.size : end] = own
-            return self.attend_in_groups(q * scale, self.shared[layer], self.room[layer, :, :, :, :end], mask)
+            room = self.room[layer, :, :, :, :end]
+            room[:, :, :, self.size :] = own
+            return self.attend_in_groups(q * scale, self.shared[layer], room, mask)
         if self.prefix is None:
             self.own.setdefault(layer, own)  # a block that runs again in a backward leaves nothing new
         else:
             own = torch.cat([self.shared[layer], own], dim=3)
         # CUDA's kernels that keep no scores take a mask or grouped heads, not both
-        k, v = own.unsqueeze(3).expand(-1, -1, -1, q.size(1) // k.size(1), -1, -1).flatten(2, 3)
+        repeats = q.size(1) // k.size(1)
+        k, v = own.unsqueeze(3).expand(-1, -1, -1, repeats, -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor) -> Tensor:
@@ -308,8 +315,8 @@ class Cache:
         """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
         kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
         index = self.to_device(rows)
-        for x in self.room:
-            x[:, : len(rows), :, : self.size] = x[:, :, :, : self.size].index_select(1, index)
+        for x in self.room[:, :, :, :, : self.size]:
+            x[:, : len(rows)] = x.index_select(1, index)
         self.room = self.room[:, :, : len(rows)]
         self.starts = self.starts.index_select(0, index)
         self.last = self.last.index_select(0, index)
@@ -507,16 +514,17 @@ class Norm(nn.RMSNorm):
 
 def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (2, B, 1, T, D/2)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, device=positions.device).float() / D
     frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling:
         factor, low, high, reach = config.rope_scaling
-        turns = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        rounds = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
+        kept = ((rounds - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
-    rounding = torch.bfloat16 if config.rope_rounded else dtype
-    return torch.stack([angles.cos(), config.rope_sign * angles.sin()]).to(rounding).to(dtype)
+    turns = torch.stack([angles.cos(), config.rope_sign * angles.sin()])
+    return turns.to(torch.bfloat16 if config.rope_rounded else dtype).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -548,17 +556,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, value: Tensor | None, rope: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """x (B, T, C) after its norm, value (B, T, G·D) or None, mask (B or 1, 1, T, Lp + S) -> (B, T, C)."""
         c = self.config
-        q, k, v = (linear(x).unflatten(-1, (-1, c.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+        heads = -1, c.head_dim
+        q = self.c_q(x).unflatten(2, heads).transpose(1, 2)
+        k = self.c_k(x).unflatten(2, heads).transpose(1, 2)
+        v = self.c_v(x).unflatten(2, heads)
         if value is not None:
             gate = c.value_scale * torch.sigmoid(self.ve_gate(x[..., : c.value_gate]))
-            v = v + gate.unsqueeze(-1) * value.view_as(v)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+            v = v + gate.unsqueeze(3) * value.view_as(v)
+        v = v.transpose(1, 2)
         if c.qk_norm == "before":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if c.qk_norm == "after":
             q, k = self.q_norm(q), self.k_norm(k)
-        y = cache.attend(self.layer, q, k, v, mask, c.qk_scale**2 / math.sqrt(c.head_dim))
+        scale = c.qk_scale**2 / math.sqrt(c.head_dim)
+        y = cache.attend(self.layer, q, k, v, mask, scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -620,8 +632,9 @@ class GPT(nn.Module):
         self.norm = Norm(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
+        width = config.n_kv_head * config.head_dim
         gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
-        self.value_embeds = nn.ModuleDict({i: table(config.n_kv_head * config.head_dim) for i in gated})
+        self.value_embeds = nn.ModuleDict({i: table(width) for i in gated})
         if config.lambdas:
             self.resid_lambdas = nn.Parameter(torch.ones(L))
             self.x0_lambdas = nn.Parameter(torch.zeros(L))
@@ -679,7 +692,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            value = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
+            value = None
+            if str(i) in self.value_embeds:
+                value = self.value_embeds[str(i)](ids).to(x.dtype)
             run = recomputed(block, self.recompute)
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
@@ -704,7 +719,8 @@ def empty_model(config: Config, dtype: torch.dtype) -> GPT:
 
 def pad(sequences: list[list], device: torch.device) -> Tensor:
     """Lists of numbers -> (B, T), padded with zeros on the right."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
 
 def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
@@ -800,7 +816,8 @@ class Tokenizer:
         user, assistant) and a content; a system text stands at the head of the first user turn."""
         if messages[0]["role"] == "system":
             system, first, *rest = messages
-            messages = [{"role": "user", "content": system["content"] + "\n\n" + first["content"]}, *rest]
+            opening = system["content"] + "\n\n" + first["content"]
+            messages = [{"role": "user", "content": opening}, *rest]
         ids = [self.bos]
         for message in messages:
             user = message["role"] == "user"
@@ -886,7 +903,8 @@ class ChatTokenizer:
         }
         self.template = settings.get("chat_template")
         if isinstance(self.template, list):
-            self.template = {entry["name"]: entry["template"] for entry in self.template}.get("default")
+            named = {entry["name"]: entry["template"] for entry in self.template}
+            self.template = named.get("default")
         if "chat_template.jinja" in files:
             with blaming("chat_template.jinja is no text", OTHER_TEMPLATE):
                 self.template = files["chat_template.jinja"].decode()
@@ -965,8 +983,8 @@ class Policy:
         p = logprobs.exp()
         reach = p.cumsum(dim=-1)
         entropy = -(p * logprobs).sum(dim=-1)
-        pick = torch.searchsorted(reach, uniform.unsqueeze(1) * reach[:, -1:], right=True)
-        pick = pick.clamp_(max=scores.size(-1) - 1)
+        aim = uniform.unsqueeze(1) * reach[:, -1:]
+        pick = torch.searchsorted(reach, aim, right=True).clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
         return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
 
@@ -988,7 +1006,11 @@ def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list
     """work(logits, other) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more than
     LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
-    run = recomputed(lambda hidden, other: work(model.unembed(hidden), other), len(hidden) > size)
+
+    def unembed_and_work(hidden: Tensor, other: Tensor) -> Any:
+        return work(model.unembed(hidden), other)
+
+    run = recomputed(unembed_and_work, when=len(hidden) > size)
     return list(map(run, hidden.split(size), other.split(size)))
 
 
@@ -1009,7 +1031,8 @@ class Completion:
 def mix(x: Tensor) -> Tensor:
     """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+        shifted = (x >> shift) & (2 ** (64 - shift) - 1)
+        x = (x ^ shifted) * factor
     return x
 
 
@@ -1017,7 +1040,8 @@ def fold(*counters: int | Tensor) -> Tensor:
     """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
     state = torch.tensor(0)
     for counter in counters:
-        state = mix((state + (0x9E3779B97F4A7C15 - 2**64)) ^ torch.as_tensor(counter))
+        state = state + (0x9E3779B97F4A7C15 - 2**64)
+        state = mix(state ^ torch.as_tensor(counter))
     return state
 
 
@@ -1044,17 +1068,22 @@ class Transcript:
         tokens = drawn[0].astype(int)
         going = self.lengths[rows] == 0
         for row in rows[going & (tokens == self.tokenizer.call_end)]:
-            result = self.tokenizer.answer_call(self.said[0, row, : t + 1].astype(int).tolist())
+            said = self.said[0, row, : t + 1].astype(int)
+            result = self.tokenizer.answer_call(said.tolist())
             rest = self.forced[row, t + 1 :]
             rest[: len(result)] = result[: len(rest)]
-        ended = numpy.isin(tokens, self.tokenizer.stops) | (t + 1 == self.forced.shape[1])
+        last = t + 1 == self.forced.shape[1]
+        ended = last | numpy.isin(tokens, self.tokenizer.stops)
         self.lengths[rows[going & ended]] = t + 1
         return tokens, going & ~ended
 
     def completions(self) -> list[Completion]:
         tokens, logprobs, entropies = self.said
-        columns = (x.tolist() for x in (tokens.astype(int), self.forced < 0, logprobs, entropies, self.lengths))
-        return [Completion(ids[:n], mask[:n], p[:n], sum(h[:n])) for ids, mask, p, h, n in zip(*columns)]
+        columns = tokens.astype(int), self.forced < 0, logprobs, entropies, self.lengths
+        return [
+            Completion(ids[:n], mask[:n], p[:n], sum(h[:n]))
+            for ids, mask, p, h, n in zip(*(column.tolist() for column in columns))
+        ]
 
 
 class Sampler:
@@ -1065,16 +1094,18 @@ class Sampler:
         self.source = model
         self.tokenizer = tokenizer
         self.model = empty_model(model.config, model.dtype)
-        state = {name: x.to(model.dtype) if x.ndim > 1 else x for name, x in model.state_dict().items()}
-        self.model.load_state_dict(state, assign=True)
+        state = model.state_dict()
+        matrices = {name: x.to(model.dtype) for name, x in state.items() if x.ndim > 1}
+        self.model.load_state_dict(state | matrices, assign=True)
         self.model.requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes over the model's weights as they are now."""
-        for mine, x in zip(self.model.state_dict().values(), self.source.state_dict().values()):
-            if mine.data_ptr() != x.data_ptr():
-                mine.copy_(x)
+        state = self.source.state_dict()
+        for name, mine in self.model.state_dict().items():
+            if mine.data_ptr() != state[name].data_ptr():
+                mine.copy_(state[name])
 
     def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
         """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
@@ -1281,9 +1312,11 @@ def find_tokenizer(directory: Path) -> Path:
 
 def detect_generation(state: dict[str, Tensor]) -> str:
     """The generation of nanochat's model that a state dict belongs to, by its keys. Raises ValueError."""
-    gate = next((w.size(1) for key, w in state.items() if key.endswith("ve_gate.weight")), 0)
+    gates = [weight.size(1) for key, weight in state.items() if key.endswith("ve_gate.weight")]
+    gate = max(gates, default=0)
+    smear = "smear_gate.weight" in state
     for name, fields in GENERATIONS.items():
-        if (fields.get("value_gate", 0), "smear" in fields) == (gate, "smear_gate.weight" in state):
+        if fields.get("value_gate", 0) == gate and fields.get("smear", False) == smear:
             return name
     raise ValueError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
 
@@ -1358,7 +1391,8 @@ def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> t
 
 def check_memory(config: Config) -> None:
     """Raises UserError where the weights alone, in bfloat16, are more than the machine's memory."""
-    needed = 2 * sum(p.numel() for p in empty_model(config, torch.float32).parameters())
+    model = empty_model(config, torch.float32)
+    needed = 2 * sum(p.numel() for p in model.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise UserError(
@@ -1419,13 +1453,15 @@ def init_adapters(model: GPT, seed: int) -> None:
 @torch.no_grad()
 def saved_weights(model: GPT) -> dict[str, Tensor]:
     """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
-    adapted = {name + ".weight": x for name, x in model.named_modules() if getattr(x, "lora_a", None) is not None}
-    state = {}
-    for key, x in model.state_dict().items():
-        if "lora_" not in key:
-            x = adapted[key].merged() if key in adapted else x
-            # a copy: a view would be written with all that it is a view of
-            state[key] = x.to("cpu", model.stored_types.get(key), copy=True)
+    learned, state = model.state_dict(), {}
+    for key, x in learned.items():
+        module, _, kind = key.rpartition(".")
+        if "lora_" in kind:
+            continue
+        if kind == "weight" and module + ".lora_a" in learned:
+            x = model.get_submodule(module).merged()
+        # a copy: a view would be written with all that it is a view of
+        state[key] = x.to("cpu", model.stored_types.get(key), copy=True)
     return state
 
 
@@ -1531,7 +1567,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x.mT if tall else x
-    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-30)
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (1.01 * norm).clamp(min=1e-30)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -1546,7 +1583,8 @@ class Muon(torch.optim.Optimizer):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": 0.95})
+        groups = [{"params": group} for group in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -1557,7 +1595,8 @@ class Muon(torch.optim.Optimizer):
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 1 - group["momentum"])
             update = orthogonalize(gradient.lerp(average, group["momentum"]))
-            rate = group["lr"] * math.sqrt(max(1, gradient.size(1) / gradient.size(2)))
+            rows, columns = gradient.shape[1:]
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
             for p, u in zip(group["params"], update):
                 p.sub_(u, alpha=rate)
 
@@ -1605,8 +1644,9 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     weights = torch.cat([p.detach().flatten() for p in params])
     nn.utils.vector_to_parameters(weights, params)
     gradient = torch.zeros_like(weights)
-    for p, g in zip(params, gradient.split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
+    parts = gradient.split([p.numel() for p in params])
+    for p, part in zip(params, parts):
+        p.grad = part.view_as(p)
     return weights, gradient
 
 
