@@ -248,27 +248,33 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 def rollout(
     run: Run,
-    sampler: Sampler,
+    learner: Learner,
     examples: list[Example],
     num_samples: int,
     policy: Policy,
     seed: int,
     title: str,
 ) -> list[Group]:
-    """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once."""
+    """Samples `num_samples` completions of each example, about `rollout_batch_size` rows at once. Raises Interrupted
+    where a signal cuts it short."""
     groups = []
     rows = run.flags.rollout_batch_size or sys.maxsize
     with progress_bar(len(examples) * num_samples, title) as bar:
+
+        def progress(ended: int) -> None:
+            learner.ranks.heed()
+            bar.update(ended)
+
         for part in batched(examples, math.ceil(rows / num_samples)):
             prompts = [prompt_of(example, run.tokenizer) for example in part]
-            completions = sampler.generate(
+            completions = learner.sampler.generate(
                 prompts,
                 num_samples,
                 run.flags.max_new_tokens,
                 policy,
                 seed,
                 keys=[example.index for example in part],
-                progress=bar.update,
+                progress=progress,
             )
             groups += map(Group, part, prompts, completions)
     return groups
@@ -280,22 +286,18 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
 
 
-def grade(run: Run, groups: list[Group]) -> list[Group]:
+def grade(run: Run, group: Group) -> None:
     """Scores and rewards every completion, and compares it with its group."""
-    for group in groups:
-        prefill = group.example.task.prefill
-        asked = run.tokenizer.decode(group.prompt).removesuffix(prefill)
-        opened = "<think>" * asked.rstrip().endswith("<think>") + prefill
-        before = same_math.timeouts
-        for completion in group.completions:
-            text = opened + text_of(completion, run.tokenizer)
-            group.scores.append(
-                max(group.example.task.grader(reference, text) for reference in group.example.references)
-            )
-        group.timeouts = same_math.timeouts - before
-        group.rewards = [reward_of(score) for score in group.scores]
-        group.advantages = advantages_of(group.rewards)
-    return groups
+    task, references, tokenizer = group.example.task, group.example.references, run.tokenizer
+    asked = tokenizer.decode(group.prompt).removesuffix(task.prefill)
+    opened = "<think>" * asked.rstrip().endswith("<think>") + task.prefill
+    before = same_math.timeouts
+    for completion in group.completions:
+        text = opened + text_of(completion, tokenizer)
+        group.scores.append(max(task.grader(reference, text) for reference in references))
+    group.timeouts = same_math.timeouts - before
+    group.rewards = [reward_of(score) for score in group.scores]
+    group.advantages = advantages_of(group.rewards)
 
 
 def ask(
@@ -309,14 +311,15 @@ def ask(
 ) -> list[Group]:
     """Samples and grades, each rank its share of the examples. Returns the groups of all ranks, in the examples'
     order; [] where a signal cut it short."""
-    ranks = learner.ranks
+    ranks, groups = learner.ranks, []
     mine = examples[ranks.rank :: ranks.size]
-
-    def work() -> list[Group]:
-        groups = rollout(run, learner.sampler, mine, num_samples, policy, seed, title)
-        return grade(run, groups)
-
-    groups = ranks.attempt(work)
+    try:
+        groups = rollout(run, learner, mine, num_samples, policy, seed, title)
+        for group in groups:
+            ranks.heed()
+            grade(run, group)
+    except gpt.Interrupted:
+        pass
     return [] if ranks.stopping() else ranks.gather(groups)
 
 
@@ -598,11 +601,12 @@ def serve() -> None:
 
 
 SERVER = inspect.getsource(serve) + "serve()"
-IDLE: list[subprocess.Popen] = []           # servers that have answered all they were asked
 
 
-def start_server() -> subprocess.Popen:
-    """A process out of reach of the signals that the run gets. Raises UserError where math-verify is missing."""
+@lru_cache
+def math_server() -> subprocess.Popen:
+    """The process that serves, out of reach of the signals that the run gets. Raises UserError where math-verify is
+    missing."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         text=True,
@@ -623,13 +627,12 @@ def same_math(reference: str, answer: str) -> bool:
     too long are not, and counted in same_math.timeouts."""
     if reference == answer or (reference + answer).isdecimal():
         return reference.lstrip("0") == answer.lstrip("0")
-    alive = IDLE and IDLE[-1].poll() is None
-    server = IDLE.pop() if alive else start_server()
+    if math_server().poll() is not None:    # it has died
+        math_server.cache_clear()
+    server = math_server()
     print(json.dumps([reference, answer]), file=server.stdin, flush=True)
     reply = server.stdout.readline()
-    if reply:
-        IDLE.append(server)  # not where a signal has cut this short: its reply is never read by another call
-    else:
+    if not reply:
         same_math.timeouts += 1
         server.wait()
     return reply == "1\n"

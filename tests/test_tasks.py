@@ -168,7 +168,7 @@ def score(tokenizer: gpt.Tokenizer, example: Example, text: str) -> float:
     tokens = [*tokenizer.encode(text), tokenizer.stops[0]]
     completion = gpt.Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
     group = Group(example, chat_rl.prompt_of(example, tokenizer), [completion])
-    chat_rl.grade(SimpleNamespace(tokenizer=tokenizer), [group])
+    chat_rl.grade(SimpleNamespace(tokenizer=tokenizer), group)
     return group.scores[0]
 
 
