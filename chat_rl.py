@@ -469,28 +469,34 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def evaluate(run: Run, learner: Learner, examples: list[Example]) -> tuple[dict, list[Group]]:
-    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of some test
-    questions, with the same random numbers every time. Returns metrics and groups; neither where a signal cut it
-    short."""
+def solved(groups: list[Group], k: int) -> tuple[float, float]:
+    """pass@k of the groups' questions and its standard error."""
+    n = len(groups[0].scores)
+    right = [sum(score >= 1 for score in group.scores) for group in groups]
+    return mean_and_error([pass_at_k(n, c, k) for c in right])
+
+
+def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
+    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of each test's
+    questions, with the same random numbers every time. Returns metrics, and each test's groups; nothing where a signal
+    cut it short."""
     flags, seed = run.flags, int(gpt.fold(run.flags.seed, EVALUATION))
-    examples = examples[: flags.eval_examples or None]
-    policy, likeliest = learner.policy(1.0, flags.top_k), learner.policy(1.0, 1)
-    groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
-    greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
-    if not greedy:
-        return {}, []
-
-    def solved(groups: list[Group], k: int) -> tuple[float, float]:
-        n = len(groups[0].scores)
-        right = [sum(score >= 1 for score in group.scores) for group in groups]
-        return mean_and_error([pass_at_k(n, c, k) for c in right])
-
-    metrics = {"grader_timeouts": sum(group.timeouts for group in groups + greedy)}
-    for k in range(1, flags.eval_samples + 1):
-        metrics[f"pass@{k}"], metrics[f"pass@{k}_error"] = solved(groups, k)
-    metrics["greedy"], metrics["greedy_error"] = solved(greedy, 1)
-    return metrics, groups
+    policy = learner.policy(1.0, flags.top_k)
+    likeliest = learner.policy(1.0, 1)
+    metrics, answered = {}, {}
+    for name, examples in run.tests.items():
+        examples = examples[: flags.eval_examples or None]
+        groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
+        greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
+        if not greedy:
+            return {}, {}
+        answered[name] = groups
+        prefix = f"{name}/" if name else ""
+        metrics[f"{prefix}grader_timeouts"] = sum(group.timeouts for group in groups + greedy)
+        for k in range(1, flags.eval_samples + 1):
+            metrics[f"{prefix}pass@{k}"], metrics[f"{prefix}pass@{k}_error"] = solved(groups, k)
+        metrics[f"{prefix}greedy"], metrics[f"{prefix}greedy_error"] = solved(greedy, 1)
+    return metrics, answered
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1051,7 +1057,8 @@ class Log:
         gpt.write_file(self.out / "curve.png", save)
 
     def close(self) -> None:
-        """Prints what the run has changed, and where to look."""
+        """Draws, and prints what the run has changed and where to look."""
+        self.plot()
         tests = evaluations_in(self.lines)
         rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if len(tests) > 1:
@@ -1415,9 +1422,9 @@ def set_template(tokenizer: Any, flags: Flags, meta: dict) -> None:
 
 def load(
     given: dict, source: Path | None, out: Path, base: Path, device: torch.device
-) -> tuple[Flags, GPT, Any, dict, dict | None]:
+) -> tuple[Flags, GPT, Any, dict, dict]:
     """The flags, model, tokenizer, meta and, of a run that goes on, training state. Raises UserError."""
-    tag, training, saved = given.get("model_tag"), None, {}
+    tag, training, saved = given.get("model_tag"), {}, {}
     resumed = find_resumable(out, source, tag, device) if given.get("resume") else None
     if resumed:
         model, tokenizer, meta, training = resumed
@@ -1502,35 +1509,42 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    claim(out, training is None and num_steps > 0, stack)
+    claim(out, meta["step"] == 0 < num_steps, stack)
     run = Run(flags, questions, tests, tokenizer, meta, out, num_steps, meta["step"])
-    return run, {"model": model, "training": training}
+    return run, {"model": model, **training}
 
 
 def make_learner(run: Run, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's state of it; as a resumed run left it."""
-    flags, training = run.flags, state.get("training")
-    if training:
-        state["model"].load_state_dict(training["masters"], strict=False)
-    model = gpt.share_model(state.get("model"), ranks)
+    flags, model, optimizers = run.flags, state.get("model"), []
+    if model:
+        model.load_state_dict(state.get("masters", {}), strict=False)
+    model = gpt.share_model(model, ranks)
     model.recompute = flags.recompute
     weights, gradient = gpt.flatten(model)
-    settings = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_optimizer")
-    rates = {name: getattr(flags, name) for name in settings}
-    optimizers = gpt.make_optimizers(model, **rates) if ranks.rank == 0 else []
-    for optimizer, state_dict in zip(optimizers, training["optimizers"] if training else ()):
-        optimizer.load_state_dict(state_dict)
+    if ranks.rank == 0:
+        optimizers = gpt.make_optimizers(
+            model,
+            flags.embedding_lr,
+            flags.unembedding_lr,
+            flags.matrix_lr,
+            flags.weight_decay,
+            flags.matrix_optimizer,
+        )
+    for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
+        optimizer.load_state_dict(saved)
     return Learner(model, Sampler(model, run.tokenizer), weights, gradient, optimizers, ranks)
 
 
 def save(run: Run, learner: Learner) -> None:
     """Writes a checkpoint to load here and in nanochat, and to resume from. Raises OSError."""
     model = learner.model
-    masters = {}                            # what is saved in another type than it learns in, or not at all
-    for name, p in model.named_parameters():
-        if p.requires_grad and model.stored_types.get(name) != p.dtype:
-            masters[name] = p.detach().clone()
-    training = {"optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "masters": masters}
+    masters = {                             # what is saved in another type than it learns in, or not at all
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and model.stored_types.get(name) != p.dtype
+    }
+    training = {"masters": masters, "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers]}
     gpt.save_checkpoint(run.out, run.step, model, run.tokenizer, run.meta, training)
     files = sorted(run.out.glob("optim_*.pt"))
     past = [path for path in files if path.name <= f"optim_{run.step:06d}.pt"]
@@ -1540,20 +1554,13 @@ def save(run: Run, learner: Learner) -> None:
 
 def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> bool:
     """Whether no signal cut it short."""
-    metrics, groups = {"step": run.step}, {}
-    for name, examples in run.tests.items():
-        part, answered = evaluate(run, learner, examples)
-        if not part:
-            return False
-        if log:
-            groups[name] = answered
-        metrics |= {f"{name}/{key}" if name else key: value for key, value in part.items()}
-    if log:
+    metrics, answered = evaluate(run, learner)
+    if log and answered:
         say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
-        log.write(metrics)
-        log.write_samples(run.step, groups, run.tokenizer)
+        log.write({"step": run.step, **metrics})
+        log.write_samples(run.step, answered, run.tokenizer)
         log.plot()
-    return True
+    return bool(answered)
 
 
 def advise(lines: list[dict]) -> None:
@@ -1607,18 +1614,11 @@ def train(run: Run, learner: Learner) -> None:
     if log:
         if last_saved < run.step:
             save(run, learner)
-        finish(run, log)
-
-
-def finish(run: Run, log: Log) -> None:
-    """The last words of a run."""
-    if run.step < run.num_steps:
-        log.plot()
-    log.close()
-    if run.step < run.num_steps:
-        say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume")
-    else:
-        say(f"{'saved' if run.num_steps else 'samples'} in {run.out}")
+        log.close()
+        if run.step < run.num_steps:
+            say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume")
+        else:
+            say(f"{'saved' if run.num_steps else 'samples'} in {run.out}")
 
 
 def main(argv: list[str]) -> int:
