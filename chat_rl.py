@@ -229,9 +229,9 @@ def shuffled(n: int, *counters: int) -> list[int]:
 def questions_of_step(run: Run, step: int) -> list[Example]:
     """The training questions of a step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
-    epoch, place = divmod(step, len(run.questions) // size)
+    epoch, number = divmod(step, len(run.questions) // size)
     order = shuffled(len(run.questions), run.flags.seed, epoch)
-    start = place * size
+    start = number * size
     return [run.questions[i] for i in order[start : start + size]]
 
 
@@ -417,7 +417,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
         drift = backward(learner.model, mine, policy, flags.device_batch_size, loss)
-        drift = torch.cat([torch.tensor(part) for part in ranks.everyone(drift.tolist())])
+        drift = torch.cat([torch.tensor(x) for x in ranks.everyone(drift.tolist())])
         drifts.append(drift.double())
         if not flags.max_ratio or drift.abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
@@ -477,9 +477,9 @@ def solved(groups: list[Group], k: int) -> tuple[float, float]:
 
 
 def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
-    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples of each test's
-    questions, with the same random numbers every time. Returns metrics, and each test's groups; nothing where a signal
-    cut it short."""
+    """pass@k for k = 1 … eval_samples at temperature 1 and the greedy accuracy on the first eval_examples questions of
+    each test, with the same random numbers every time. Returns metrics, and each test's groups; nothing where a
+    signal cut it short."""
     flags, seed = run.flags, int(gpt.fold(run.flags.seed, EVALUATION))
     policy = learner.policy(1.0, flags.top_k)
     likeliest = learner.policy(1.0, 1)
@@ -683,7 +683,7 @@ GRADERS = {
 class Task:
     """A kind of question. A flag named like a field overrides it."""
 
-    data: str | Callable                    # training and test questions: a place, or what makes their rows
+    data: str | Callable                    # training and test questions: a place, or what makes their records
     grader: Grader
     prompt_key: str = "question"
     answer_key: str = "answer"
@@ -716,11 +716,13 @@ SUBJECTS = (
 
 def fetch_math() -> dict[str, list[dict]]:
     """MATH (Hendrycks et al. 2021): all 12,500 problems but the 500 that MATH-500 tests."""
-    test = load_rows("HuggingFaceH4/MATH-500")["test"]
-    held_out = {row["problem"] for row in test}
-    parts = [load_rows("EleutherAI/hendrycks_math", subject) for subject in SUBJECTS]
-    rows = [row for part in parts for split in ("train", "test") for row in part[split]]
-    return {"train": [row for row in rows if row["problem"] not in held_out], "test": test}
+    test = load_records("HuggingFaceH4/MATH-500")["test"]
+    held_out = {record["problem"] for record in test}
+    train = []
+    for subject in SUBJECTS:
+        splits = load_records("EleutherAI/hendrycks_math", subject)
+        train += [record for record in splits["train"] + splits["test"] if record["problem"] not in held_out]
+    return {"train": train, "test": test}
 
 
 BOX_NUMBER = r" Provide a numerical answer without units, written inside \boxed{}."
@@ -742,9 +744,9 @@ TASKS = {
 }
 
 
-def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
-    """The rows of each split of a dataset on the hub, in a local folder or in a file, test rows in shuffle(seed=42)
-    order as nanochat takes them; `row` is a row's place. Raises UserError where it cannot be had."""
+def load_records(place: str, config: str | None = None) -> dict[str, list[dict]]:
+    """The records of each split of a dataset on the hub, in a local folder or in a file, the test's in shuffle(seed=42)
+    order as nanochat takes them; `row` is a record's place. Raises UserError where it cannot be had."""
     import datasets
 
     files = "a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
@@ -755,31 +757,31 @@ def load_rows(place: str, config: str | None = None) -> dict[str, list[dict]]:
             splits = datasets.load_dataset("json", data_files=place)
         else:
             splits = datasets.load_dataset(place, "main" if place == "openai/gsm8k" else config)
-        rows = {
-            name: [{**row, "row": i} for i, row in enumerate(split)]
+        records = {
+            name: [{**record, "row": i} for i, record in enumerate(split)]
             for name, split in splits.items()
         }
-    if "test" in rows:
-        order = numpy.random.default_rng(42).permutation(len(rows["test"]))  # what Dataset.shuffle(seed=42) does
-        rows["test"] = [rows["test"][i] for i in order]
-    return rows
+    if "test" in records:
+        order = numpy.random.default_rng(42).permutation(len(records["test"]))  # what Dataset.shuffle(seed=42) does
+        records["test"] = [records["test"][i] for i in order]
+    return records
 
 
-def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
-    """Examples of a dataset's rows; those whose reference the grader cannot read are left out, and that is said.
-    Raises UserError where a row lacks a column or holds what is no question, or none is left."""
+def load_examples(task: Task, records: list[dict], where: str) -> list[Example]:
+    """Examples of a dataset's records; those whose reference the grader cannot read are left out, and that is said.
+    Raises UserError where one lacks a column or holds what is no question, or none is left."""
     examples, unread = [], []
-    for i, row in enumerate(rows):
-        place = f"row {row.get('row', i)} of {where}"
+    for i, record in enumerate(records):
+        place = f"row {record.get('row', i)} of {where}"
         for key in (task.prompt_key, task.answer_key):
-            if row.get(key) in (None, "", []):
-                there = [name for name, value in row.items() if name != "row" and value is not None]
+            if record.get(key) in (None, "", []):
+                there = [name for name, value in record.items() if name != "row" and value is not None]
                 raise UserError(
                     f"{place} has no {key!r} (it has {', '.join(there)}): name the columns by --prompt-key and "
                     "--answer-key, or mend the row"
                 )
-        prompt = row[task.prompt_key]
-        answer = row[task.answer_key]
+        prompt = record[task.prompt_key]
+        answer = record[task.answer_key]
         references = map(str, answer if isinstance(answer, list) else [answer])
         if references := [reference for reference in references if task.grader.reads(reference)]:
             examples.append(Example(i, prompt_in(task, prompt, place), references, task))
@@ -787,11 +789,11 @@ def load_examples(task: Task, rows: list[dict], where: str) -> list[Example]:
             unread.append(place)
     if unread:
         say(
-            f"{len(unread)} of {len(rows)} references in {where} cannot be read by the grader and are left out, the "
+            f"{len(unread)} of {len(records)} references in {where} cannot be read by the grader and are left out, the "
             f"first in {unread[0]}"
         )
     if not examples:
-        what = "questions with references that the grader can read" if rows else "questions"
+        what = "questions with references that the grader can read" if records else "questions"
         raise UserError(f"{where} has no {what}: pass --data (or --eval-data) another place, or another --grader")
     return examples
 
@@ -849,7 +851,7 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     where = flags.task if made else task.data or f"{flags.task} without --data"
     splits, questions, tests = {}, [], {}
     if task.data and (training or not task.eval_data):
-        splits = task.data() if made else load_rows(task.data)
+        splits = task.data() if made else load_records(task.data)
     if training:
         questions = load_examples(task, splits.get("train", []), f"train of {where}")
     if not task.eval_data:
@@ -859,11 +861,11 @@ def load_task(flags: Flags) -> tuple[list[Example], dict[str, list[Example]]]:
     if len(places) < len(entries) or not all(places.values()):
         raise UserError(f"--eval-data {task.eval_data}: give each place a name of its own, as name=place,name=place")
     for name, place in places.items():
-        splits = load_rows(place)
+        splits = load_records(place)
         if "test" not in splits and len(splits) > 1:
             raise UserError(f"--eval-data {place} has no test questions: name a file")
-        rows = splits["test"] if "test" in splits else next(iter(splits.values()))
-        tests[name] = load_examples(TASKS.get(name, task), rows, f"test of {place}")
+        records = splits["test"] if "test" in splits else next(iter(splits.values()))
+        tests[name] = load_examples(TASKS.get(name, task), records, f"test of {place}")
     return questions, tests
 
 
@@ -997,7 +999,7 @@ class Log:
     def write_samples(self, step: int, groups: dict[str, list[Group]], tokenizer: Any) -> None:
         """Every sampled completion of an evaluation, by the name of its data; prints a right and a wrong one to the
         hardest question that has both."""
-        rows = [
+        records = [
             {
                 "data": name,
                 "question": str(group.example),
@@ -1006,27 +1008,27 @@ class Log:
                 "scores": group.scores,
                 "rewards": group.rewards,
             }
-            for name, part in groups.items()
-            for group in part
+            for name, answered in groups.items()
+            for group in answered
         ]
-        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", b"".join(map(json_line, rows)))
+        gpt.write_file(self.out / f"samples_{step:06d}.jsonl", b"".join(map(json_line, records)))
         if self.wandb:
-            self.tell_wandb(lambda: self.log_table(step, rows))
+            self.tell_wandb(lambda: self.log_table(step, records))
 
-        def ease(row: dict) -> tuple[int, int]:
-            right = [score >= 1 for score in row["scores"]]
+        def ease(record: dict) -> tuple[int, int]:
+            right = [score >= 1 for score in record["scores"]]
             return -len({*right}), sum(right)
 
-        row = min(rows, key=ease)
-        say(f"  question   {shortened(row['question'])}\n  reference  {shortened(row['reference'])}")
-        said = {score >= 1: text for score, text in zip(row["scores"], row["completions"])}
+        record = min(records, key=ease)
+        say(f"  question   {shortened(record['question'])}\n  reference  {shortened(record['reference'])}")
+        said = {score >= 1: text for score, text in zip(record["scores"], record["completions"])}
         for right in sorted(said, reverse=True):
             say(f"  {'right' if right else 'wrong'}      {shortened(said[right])}")
 
-    def log_table(self, step: int, rows: list[dict]) -> None:
+    def log_table(self, step: int, records: list[dict]) -> None:
         import pandas, wandb
 
-        table = pandas.DataFrame(rows).explode(["completions", "scores", "rewards"])
+        table = pandas.DataFrame(records).explode(["completions", "scores", "rewards"])
         self.wandb.log({"step": step, "samples": wandb.Table(dataframe=table)})
 
     def plot(self) -> None:
@@ -1062,7 +1064,7 @@ class Log:
         tests = evaluations_in(self.lines)
         rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if len(tests) > 1:
-            say(f"before  {evaluation_row(tests[0])}\nafter   {evaluation_row(tests[-1])}")
+            say(f"before  {describe_evaluation(tests[0])}\nafter   {describe_evaluation(tests[-1])}")
         if rewards:
             say(f"reward  {sparkline(rewards)}  {rewards[0]:.3f} → {rewards[-1]:.3f}")
         say(f"curve   {self.out / 'curve.png'}")
@@ -1089,26 +1091,26 @@ def evaluation_keys(metrics: dict) -> list[str]:
     return [key for key in metrics if shown.search(key) and None not in (metrics[key], metrics.get(key + "_error"))]
 
 
-def evaluation_row(metrics: dict) -> str:
+def describe_evaluation(metrics: dict) -> str:
     return "  ".join(
         f"{key} {metrics[key]:.3f} ± {metrics[key + '_error']:.3f}" for key in evaluation_keys(metrics)
     )
 
 
-def step_row(run: Run, metrics: dict, seconds_left: float) -> str:
-    row = (
+def describe_step(run: Run, metrics: dict, seconds_left: float) -> str:
+    text = (
         f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  length {metrics['completion_length']:.1f}  "
         f"{metrics['tokens_per_second']:,.0f} tok/s  left {timedelta(seconds=round(seconds_left))}"
     )
     if metrics["parts_left_out"]:
-        row += f"  {metrics['parts_left_out']} updates left out: the ratio was above --max-ratio"
-    return row if math.isfinite(metrics["grad_norm"]) else row + "  a gradient is not finite: its update is left out"
+        text += f"  {metrics['parts_left_out']} updates left out: the ratio was above --max-ratio"
+    return text if math.isfinite(metrics["grad_norm"]) else text + "  a gradient is not finite: its update is left out"
 
 
 def sparkline(values: list[float]) -> str:
     """Values as bars, at most 60 of them, each the mean of its share."""
-    share = math.ceil(len(values) / 60)
-    means = [statistics.fmean(part) for part in batched(values, share)]
+    size = math.ceil(len(values) / 60)
+    means = [statistics.fmean(share) for share in batched(values, size)]
     low, high = min(means), max(means)
     scale = 7.99 / (high - low or 1)
     return "".join("▁▂▃▄▅▆▇█"[int(scale * (x - low))] for x in means)
@@ -1293,15 +1295,15 @@ def find_resumable(out: Path, source: Path | None, tag: str | None, device: torc
         try:
             meta = gpt.load_meta(out / f"meta_{step:06d}.json")
             training = gpt.load_training(out, meta, device)
-            place = out, step
+            checkpoint = out, step
             rank = meta["flags"]["lora_rank"]
             dtype = getattr(torch, meta["flags"]["dtype"])
             if rank:
                 begun = Path(meta["source"]["path"])
                 source = source or (begun if begun.exists() else gpt.find_hub_folder(tag))
                 meta["source"]["path"] = str(source)
-                place = source, meta["source"]["step"]
-            model, tokenizer, _ = gpt.load_checkpoint(*place, device, dtype, rank, meta["chat_template"])
+                checkpoint = source, meta["source"]["step"]
+            model, tokenizer, _ = gpt.load_checkpoint(*checkpoint, device, dtype, rank, meta["chat_template"])
             return model, tokenizer, meta, training
         except torch.OutOfMemoryError:
             raise
@@ -1391,8 +1393,8 @@ def check_same_source(meta: dict, source: Path, step: int | None) -> None:
 def digest_of(questions: list[Example], tests: dict[str, list[Example]]) -> str:
     """What the questions are, wherever they lie."""
     content = [
-        [(example.index, example.prompt, example.references) for example in part]
-        for part in (questions, *tests.values())
+        [(example.index, example.prompt, example.references) for example in examples]
+        for examples in (questions, *tests.values())
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -1431,8 +1433,8 @@ def load(
         saved = meta["flags"]
     if not source and saved.get("model_tag") != tag:
         source = gpt.find_hub_folder(tag)
-    place = out if resumed else source
-    configs = [*place.glob("config.json"), *place.glob("[0-9]*/config.json")]
+    folder = out if resumed else source
+    configs = [*folder.glob("config.json"), *folder.glob("[0-9]*/config.json")]
     kind = "huggingface" if configs else "nanochat"
     if source == base / "chatsft_checkpoints" / "starter":
         kind = "starter"
@@ -1464,7 +1466,10 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
             "--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew"
         )
     questions = keep_short(questions, "train", tokenizer, limit)
-    tests = {name: keep_short(part, name or "test", tokenizer, limit) for name, part in tests.items()}
+    tests = {
+        name: keep_short(examples, name or "test", tokenizer, limit)
+        for name, examples in tests.items()
+    }
     fewest = min(map(len, tests.values()))
     if not fewest or len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(
@@ -1556,7 +1561,7 @@ def evaluate_and_log(run: Run, learner: Learner, log: Log | None) -> bool:
     """Whether no signal cut it short."""
     metrics, answered = evaluate(run, learner)
     if log and answered:
-        say(f"step {run.step}/{run.num_steps}  {evaluation_row(metrics)}")
+        say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
         log.write({"step": run.step, **metrics})
         log.write_samples(run.step, answered, run.tokenizer)
         log.plot()
@@ -1595,7 +1600,7 @@ def train(run: Run, learner: Learner) -> None:
         spent += metrics["rollout_seconds"] + metrics["update_seconds"]
         if log:
             seconds = spent / (run.step + 1 - first)
-            say(step_row(run, metrics, seconds * (run.num_steps - run.step - 1)))
+            say(describe_step(run, metrics, seconds * (run.num_steps - run.step - 1)))
             log.write({"step": run.step, **metrics})
             advise(log.lines)
         failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1

@@ -220,7 +220,7 @@ class Cache:
         self.own = {}                       # layer -> (2, B, G, T, D), of a forward without a prefix
         self.room = None                    # (L, 2, B, G, capacity, D), of a cache to decode with
         self.last = None                    # (B, T, C) embeddings of the latest forward
-        self.places = self.slots = None     # of uneven groups: each row's place (B,), the row in each place (P·N,)
+        self.slot_of_row = self.row_of_slot = None  # of uneven groups (B,), (P·N,)
         if prefix is None:
             return
         self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
@@ -284,13 +284,13 @@ class Cache:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
-        x = x if self.slots is None else x.index_select(0, self.slots)
+        x = x if self.row_of_slot is None else x.index_select(0, self.row_of_slot)
         return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(P, G, N·, E) -> (B, G, ·, E)"""
         x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
+        return x if self.slot_of_row is None else x.index_select(0, self.slot_of_row)
 
     def select(self, rows: numpy.ndarray) -> Tensor:
         """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
@@ -307,11 +307,11 @@ class Cache:
         self.groups = groups
         self.num_samples = counts.max()
         order = numpy.arange(len(rows))
-        places = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
-        slots = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
-        slots[places] = order
-        self.places = self.to_device(places)
-        self.slots = self.to_device(slots)
+        slot_of_row = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
+        row_of_slot = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
+        row_of_slot[slot_of_row] = order
+        self.slot_of_row = self.to_device(slot_of_row)
+        self.row_of_slot = self.to_device(row_of_slot)
         return index
 
 
@@ -499,8 +499,8 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
     exponents = torch.arange(0, D, 2, device=positions.device).float() / D
     frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling:
-        factor, low, high, reach = config.rope_scaling
-        rounds = reach * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
+        factor, low, high, original = config.rope_scaling
+        rounds = original * frequencies / (2 * math.pi)  # in the positions that the model was first trained on
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
@@ -962,10 +962,10 @@ class Policy:
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
-        reach = p.cumsum(dim=-1)
+        cumulative = p.cumsum(dim=-1)
         entropy = -(p * logprobs).sum(dim=-1)
-        aim = uniform.unsqueeze(1) * reach[:, -1:]
-        pick = torch.searchsorted(reach, aim, right=True).clamp_(max=scores.size(-1) - 1)
+        aim = uniform.unsqueeze(1) * cumulative[:, -1:]
+        pick = torch.searchsorted(cumulative, aim, right=True).clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
         return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
 
@@ -1112,9 +1112,9 @@ class Sampler:
         Raises ValueError past the model's last position.
         """
         longest = max(map(len, prompts)) + max_new_tokens
-        reach = self.model.config.max_positions
-        if longest > reach:
-            raise ValueError(f"prompt and completion have {longest} tokens, the model only {reach} positions")
+        limit = self.model.config.max_positions
+        if longest > limit:
+            raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
         cache = Cache(prefix_of(self.model, prompts), num_samples, max_new_tokens)
         hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
         names = torch.tensor(keys or range(len(prompts)), device=hidden.device).unsqueeze(1)
@@ -1214,18 +1214,18 @@ def write_file(path: Path, content: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, dict):
         content = safetensors.torch.save(content, {"format": "pt"})
-    part = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with open(unfinished, "wb") as file:
             hashed = HashedFile(file)
             content(hashed) if callable(content) else hashed.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(unfinished, path)
     except RuntimeError as error:           # torch's, for what the disk has said
         raise error.__context__ if isinstance(error.__context__, OSError) else error
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -1452,7 +1452,10 @@ def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**
     names = huggingface_names(config.n_layer)
     tensors = {names[key]: x for key, x in state.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
-    files = {file: {name: tensors[name] for name in part} for file, part in split.filename_to_tensors.items()}
+    files = {
+        file: {name: tensors[name] for name in members}
+        for file, members in split.filename_to_tensors.items()
+    }
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
@@ -1492,11 +1495,11 @@ def save_checkpoint(
         if model.config.lora_rank:
             contents |= adapter_files(model, meta.get("source", {}).get("path", ""))
         contents = {f"{step:06d}/{name}": content for name, content in contents.items()}
-    parts = [contents]
+    stages = [contents]
     if training is not None:
-        parts.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
-    for part in parts:
-        for name, content in part.items():
+        stages.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
+    for stage in stages:
+        for name, content in stage.items():
             path = Path(directory, name)
             meta["sha256"][path.name] = write_file(path, content)
         meta["seal"] = seal(meta)
@@ -1625,9 +1628,9 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     weights = torch.cat([p.detach().flatten() for p in params])
     nn.utils.vector_to_parameters(weights, params)
     gradient = torch.zeros_like(weights)
-    parts = gradient.split([p.numel() for p in params])
-    for p, part in zip(params, parts):
-        p.grad = part.view_as(p)
+    pieces = gradient.split([p.numel() for p in params])
+    for p, piece in zip(params, pieces):
+        p.grad = piece.view_as(p)
     return weights, gradient
 
 

@@ -116,7 +116,7 @@ def test_math_is_all_subjects_less_math_500(monkeypatch):
         return {split: [{"problem": f"{config} {split} {i}", "solution": "3"} for i in range(3)]
                 for split in ("train", "test")}
 
-    monkeypatch.setattr(chat_rl, "load_rows", fake)
+    monkeypatch.setattr(chat_rl, "load_records", fake)
     train, tests = load("math")
     problems = {str(x).removesuffix(BOX_MATH) for x in train}
     assert len(problems) == 40 and not problems & {"algebra test 1", "geometry train 0"} and len(tests[""]) == 2
@@ -127,7 +127,7 @@ def test_math_is_all_subjects_less_math_500(monkeypatch):
 
 def test_aime_is_for_evaluation_only(monkeypatch):
     """It comes from the hub as a single split, and has no training questions."""
-    monkeypatch.setattr(chat_rl, "load_rows", lambda place, config=None: {"HuggingFaceH4/aime_2024": {"train": AIME}}[place])
+    monkeypatch.setattr(chat_rl, "load_records", lambda place, config=None: {"HuggingFaceH4/aime_2024": {"train": AIME}}[place])
     train, tests = load("aime", max_steps=0)
     assert train == [] and len(tests[""]) == 12
     with pytest.raises(gpt.UserError, match="train of aime without --data has no questions: pass --data"):
@@ -275,8 +275,8 @@ def test_eval_data_of_several_places(tmp_path):
 
 def test_an_evaluation_needs_no_training_questions(tmp_path, monkeypatch):
     """With --max-steps 0 and --eval-data, --data is not even looked at."""
-    file, load_rows = str(write(tmp_path / "tests.jsonl", GSM8K)), chat_rl.load_rows
-    monkeypatch.setattr(chat_rl, "load_rows", lambda place, *more: load_rows(place, *more) if place == file else 1 / 0)
+    file, load_records = str(write(tmp_path / "tests.jsonl", GSM8K)), chat_rl.load_records
+    monkeypatch.setattr(chat_rl, "load_records", lambda place, *more: load_records(place, *more) if place == file else 1 / 0)
     for name in ("gsm8k", "math", "aime", "think", "jsonl"):
         train, tests = load(name, eval_data=f"gsm8k={file}", max_steps=0)
         assert train == [] and len(tests["gsm8k"]) == 12
