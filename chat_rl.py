@@ -266,6 +266,7 @@ def rollout(
             bar.update(ended)
 
         for part in batched(examples, math.ceil(rows / num_samples)):
+            learner.ranks.heed()
             prompts = [prompt_of(example, run.tokenizer) for example in part]
             completions = learner.sampler.generate(
                 prompts,
@@ -286,13 +287,15 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
 
 
-def grade(run: Run, group: Group) -> None:
-    """Scores and rewards every completion, and compares it with its group."""
+def grade(run: Run, learner: Learner, group: Group) -> None:
+    """Scores and rewards every completion, and compares it with its group. Raises Interrupted where a signal cuts it
+    short."""
     task, references, tokenizer = group.example.task, group.example.references, run.tokenizer
     asked = tokenizer.decode(group.prompt).removesuffix(task.prefill)
     opened = "<think>" * asked.rstrip().endswith("<think>") + task.prefill
     before = same_math.timeouts
     for completion in group.completions:
+        learner.ranks.heed()
         text = opened + text_of(completion, tokenizer)
         group.scores.append(max(task.grader(reference, text) for reference in references))
     group.timeouts = same_math.timeouts - before
@@ -316,8 +319,7 @@ def ask(
     try:
         groups = rollout(run, learner, mine, num_samples, policy, seed, title)
         for group in groups:
-            ranks.heed()
-            grade(run, group)
+            grade(run, learner, group)
     except gpt.Interrupted:
         pass
     return [] if ranks.stopping() else ranks.gather(groups)
@@ -417,8 +419,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
         drift = backward(learner.model, mine, policy, flags.device_batch_size, loss)
-        drift = torch.cat([torch.tensor(x) for x in ranks.everyone(drift.tolist())])
-        drifts.append(drift.double())
+        drift = torch.cat([torch.tensor(x).double() for x in ranks.everyone(drift.tolist())])
+        drifts.append(drift)
         if not flags.max_ratio or drift.abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
     drift = torch.cat(drifts or [torch.zeros(1)])
@@ -427,10 +429,10 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     change = learner.weights - before
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
-        "update_norm": change.norm().item() / before.norm().item(),
+        "update_norm": (change.norm() / before.norm()).item(),
         "parts_left_out": len(parts) - len(norms),
         "sampler_gap": drifts[0].abs().mean().item() if drifts else 0.0,  # before any update
-        "ratio_max": drift.abs().max().exp().item(),
+        "ratio_max": drift.abs().max().clamp(max=700).exp().item(),
         "approx_kl": (ratio - 1 - drift).mean().item(),  # the k3 estimate (Schulman 2020)
         "clip_fraction": clipped.double().mean().item(),
     }
@@ -511,15 +513,15 @@ def after_marks(text: str) -> str:
 
 def last_box(text: str) -> str:
     r"""What stands in the last \boxed{} whose braces are balanced, on one line; "" where there is none."""
-    opened, last = [], ""
+    opened, begin, last = [], -1, ""
     for mark in re.finditer(r"(\\boxed\s*)?\{|\}|\\.", text, re.DOTALL):
         if mark[0].endswith("{") and mark[0] != r"\{":
             opened.append(mark)
         elif mark[0] == "}" and opened:
             start = opened.pop()
-            content = text[start.end() : mark.start()]
-            if start[1] and r"\boxed" not in content:
-                last = content
+            if start[1] and start.end() > begin:  # of boxes in a box, the innermost
+                begin = start.end()
+                last = text[begin : mark.start()]
     return " ".join(last.split()).rstrip(".")
 
 
@@ -699,10 +701,11 @@ def make_sums() -> dict[str, list[dict]]:
     """Sums of two numbers below 100. The test pairs are held out in both orders."""
     pairs = list(itertools.combinations_with_replacement(range(100), 2))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = [pairs[i] for i in order[:400]]
-    every = itertools.product(range(100), repeat=2)
-    rest = [(a, b) for a, b in every if (min(a, b), max(a, b)) not in held_out]
-    splits = {"train": rest, "test": held_out}
+    rest = {pairs[i] for i in order[400:]}
+    splits = {
+        "train": [(a, b) for a in range(100) for b in range(100) if (min(a, b), max(a, b)) in rest],
+        "test": [pairs[i] for i in order[:400]],
+    }
     return {
         name: [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in split]
         for name, split in splits.items()
@@ -1059,8 +1062,7 @@ class Log:
         gpt.write_file(self.out / "curve.png", save)
 
     def close(self) -> None:
-        """Draws, and prints what the run has changed and where to look."""
-        self.plot()
+        """Prints what the run has changed, and where to look."""
         tests = evaluations_in(self.lines)
         rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if len(tests) > 1:
@@ -1514,7 +1516,7 @@ def prepare(given: dict, ranks: Ranks, stack: ExitStack) -> tuple[Run, dict]:
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    claim(out, meta["step"] == 0 < num_steps, stack)
+    claim(out, fresh=not meta["step"] and num_steps > 0, stack=stack)
     run = Run(flags, questions, tests, tokenizer, meta, out, num_steps, meta["step"])
     return run, {"model": model, **training}
 
@@ -1619,11 +1621,14 @@ def train(run: Run, learner: Learner) -> None:
     if log:
         if last_saved < run.step:
             save(run, learner)
+        done = run.step == run.num_steps
+        if not done:
+            log.plot()
         log.close()
-        if run.step < run.num_steps:
-            say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume")
-        else:
+        if done:
             say(f"{'saved' if run.num_steps else 'samples'} in {run.out}")
+        else:
+            say(f"stopped after step {run.step} of {run.num_steps}: go on with --resume")
 
 
 def main(argv: list[str]) -> int:

@@ -1391,9 +1391,11 @@ def build(config: Config, state: dict[str, Tensor], device: str | torch.device, 
     expected = model.state_dict()
     weights = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
     for key, tensor in state.items():
+        if "lora_" in key or key not in expected:
+            raise ValueError(f"unknown key {key}")
         if not tensor.is_floating_point():
             raise ValueError(f"{key} is {tensor.dtype}, not floating point")
-        weights[key] = tensor.to(device, expected.get(key, tensor).dtype)
+        weights[key] = tensor.to(device, expected[key].dtype)
         model.stored_types[key] = tensor.dtype
     model.load_state_dict(weights, assign=True)
     return model

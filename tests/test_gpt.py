@@ -581,7 +581,7 @@ def refusal(directory) -> str:
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lambda state: {**state, "bigram_embed.weight": torch.zeros(2, 2)}, 'Unexpected key(s) in state_dict: "bigram_embed.weight"'),
+    (lambda state: {**state, "bigram_embed.weight": torch.zeros(2, 2)}, "unknown key bigram_embed.weight"),
     (lambda state: {k: x for k, x in state.items() if ".1.mlp.c_fc" not in k}, 'Missing key(s) in state_dict: "transformer.h.1.mlp.c_fc'),
     (lambda state: {k: x for k, x in state.items() if k != "transformer.wte.weight"}, "transformer.wte.weight"),
     (lambda state: {**state, "lm_head.weight": torch.zeros(320, 63)}, "lm_head.weight"),

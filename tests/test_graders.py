@@ -96,6 +96,7 @@ def test_number_of_fractions():
     (r"\boxed{{1000}}", 1), (r"\boxed{\boxed{1000}}", 1), (r"\boxed{1000^\circ}", 1), ("\\boxed{\n1000\n}", 1),
     (r"\boxed{7} no, \boxed{1000}", 1), (r"\boxed{1000} or \boxed{7", 1), (r"\boxed{1000} } {", 1), (r"{ \boxed{1000}", 1),
     (r"\boxed{1000} no, \boxed{7}", 0), (r"\boxed{1000} no, \boxed{}", 0), (r"\boxed{1000", 0), (r"\boxed{1000\}", 0), ("1000", 0),
+    (r"\boxed{1000} \boxed{\boxed 7}", 0), (r"\boxed{7 \\boxed{1000}}", 0),
     ("#### 1000", 0), (r"\boxed{1000/4}", 0), (r"\boxed{1000 or 7}", 0), (r"\boxed{1000 + 7}", 0), (r"\boxed{1000^{2}}", 0),
     (r"\boxed{-1000}", 0), (r"\boxed{x=1000}", 0), (r"\boxed{}", 0), ("boxed{1000}", 0), (r"\boxed{1 000}", 0), (r"\fbox{1000}", 0),
 ])

@@ -163,12 +163,15 @@ def test_prefill_begins_the_reply(tokenizer):
     assert score(tokenizer, begun, "2}") == 1 and score(tokenizer, plain, "2}") == 0
 
 
+ALONE = SimpleNamespace(ranks=gpt.Ranks("cpu"))
+
+
 def score(tokenizer: gpt.Tokenizer, example: Example, text: str) -> float:
     """What the reply scores, by way of `grade`."""
     tokens = [*tokenizer.encode(text), tokenizer.stops[0]]
     completion = gpt.Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
     group = Group(example, chat_rl.prompt_of(example, tokenizer), [completion])
-    chat_rl.grade(SimpleNamespace(tokenizer=tokenizer), group)
+    chat_rl.grade(SimpleNamespace(tokenizer=tokenizer), ALONE, group)
     return group.scores[0]
 
 
