@@ -10,7 +10,7 @@ Each step asks a few questions, samples a group of completions to each, rewards 
 
 Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean
 for a baseline, or what is left of GRPO (Shao et al. 2024) when
- 1. every rollout is used once, by the policy that sampled it (--updates-per-rollout and --clip change that),
+ 1. every rollout is used once, by the policy that sampled it (else: --updates-per-rollout and --clip),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
  4. the loss is normalised by the tokens of the whole step (DAPO, Yu et al. 2025): each counts the same, in any batch.
@@ -61,7 +61,8 @@ from gpt import GPT, Completion, Policy, Ranks, Sampler, Tokenizer, UserError
 
 def flag(default: Any, help: str, low: float = 0, choices: tuple | None = None, resumable: bool = False) -> Any:
     """A field of Flags: its default, its one line of help, the least value it may have or the values to choose from.
-    One that is resumable may change when a run goes on: it does not change what is computed, beyond rounding."""
+    One that is resumable may change when a run goes on: it does not bear on what is computed, or its content is
+    checked instead."""
     metadata = dict(help=help, low=low, choices=choices, resumable=resumable)
     return field(default=default, metadata=metadata)
 
@@ -80,7 +81,7 @@ class Flags:
                       choices=("bfloat16", "float32"))
     model_tag: str | None = flag(None, "nanochat tag such as d20, folder (nanochat's or Hugging Face's) or hub name "
                                  "(default: the largest d<N>)", resumable=True)
-    model_step: int | None = flag(None, "step of a nanochat checkpoint (default: the last)", resumable=True)
+    model_step: int | None = flag(None, "step of nanochat's or a run's checkpoint (default: the last)", resumable=True)
     chat_template: str | None = flag(None, "file with a chat template to use instead of the model's (Hugging Face)")
     chat_template_kwargs: str = flag("", "variables of the chat template, as a JSON object (Hugging Face)")
     lora_rank: int = flag(0, "train adapters of this rank on the matrices of the blocks (0: train all weights)")
@@ -218,7 +219,7 @@ class Learner:
         return Policy(temperature, top_k, self.model.config.softcap)
 
 
-TRAINING, EVALUATION, DEALING = 0, 1, 2     # what a random number is for is part of its seed
+TRAINING, EVALUATION, DEALING = 0, 1, 2     # what random numbers are for is part of their seed
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
@@ -365,12 +366,12 @@ def backward(model: GPT, groups: list[Group], policy: Policy, size: int, loss: C
         for batch in batched(rows, size):
             questions, completions, advantages = zip(*batch)
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
-            logprobs, row = gpt.completion_logprobs(model, prefixes, completions, policy)
-            sampled = [x for c in completions for x in itertools.compress(c.logprobs, c.mask)]
-            sampled = torch.tensor(sampled, device=model.device)
+            logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)
+            sampled_logprobs = [x for c in completions for x in itertools.compress(c.logprobs, c.mask)]
+            sampled_logprobs = torch.tensor(sampled_logprobs, device=model.device)
             advantages = torch.tensor(advantages, device=model.device)
-            loss(logprobs, sampled, advantages[row]).sum().backward()
-            log_ratios.append(logprobs.detach() - sampled)
+            loss(logprobs, sampled_logprobs, advantages[owners]).sum().backward()
+            log_ratios.append(logprobs.detach() - sampled_logprobs)
         prefix.backward(leaves)
     return torch.cat(log_ratios)
 
@@ -418,8 +419,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     for part, num_tokens in parts:
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
-        drift = backward(learner.model, mine, policy, flags.device_batch_size, loss)
-        drift = torch.cat([torch.tensor(x).double() for x in ranks.everyone(drift.tolist())])
+        log_ratios = backward(learner.model, mine, policy, flags.device_batch_size, loss)
+        drift = torch.cat([torch.tensor(x).double() for x in ranks.everyone(log_ratios.tolist())])
         drifts.append(drift)
         if not flags.max_ratio or drift.abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
@@ -464,18 +465,11 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value)."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
 def solved(groups: list[Group], k: int) -> tuple[float, float]:
-    """pass@k of the groups' questions and its standard error."""
-    n = len(groups[0].scores)
+    """The mean pass@k of the groups' questions, and its standard error (0 for a single one)."""
     right = [sum(score >= 1 for score in group.scores) for group in groups]
-    return mean_and_error([pass_at_k(n, c, k) for c in right])
+    values = [pass_at_k(len(groups[0].scores), c, k) for c in right]
+    return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
 
 
 def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
@@ -493,11 +487,11 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
         if not greedy:
             return {}, {}
         answered[name] = groups
-        prefix = f"{name}/" if name else ""
-        metrics[f"{prefix}grader_timeouts"] = sum(group.timeouts for group in groups + greedy)
+        label = f"{name}/" if name else ""
+        metrics[f"{label}grader_timeouts"] = sum(group.timeouts for group in groups + greedy)
         for k in range(1, flags.eval_samples + 1):
-            metrics[f"{prefix}pass@{k}"], metrics[f"{prefix}pass@{k}_error"] = solved(groups, k)
-        metrics[f"{prefix}greedy"], metrics[f"{prefix}greedy_error"] = solved(greedy, 1)
+            metrics[f"{label}pass@{k}"], metrics[f"{label}pass@{k}_error"] = solved(groups, k)
+        metrics[f"{label}greedy"], metrics[f"{label}greedy_error"] = solved(greedy, 1)
     return metrics, answered
 
 
@@ -752,8 +746,8 @@ def load_records(place: str, config: str | None = None) -> dict[str, list[dict]]
     order as nanochat takes them; `row` is a record's place. Raises UserError where it cannot be had."""
     import datasets
 
-    files = "a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
-    with gpt.blaming(f"cannot load {place}", f"pass --data {files}"):
+    mend = "pass --data a local folder that holds its train and test files, such as train.jsonl and test.jsonl"
+    with gpt.blaming(f"cannot load {place}", mend):
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if Path(place).is_file():
@@ -785,7 +779,8 @@ def load_examples(task: Task, records: list[dict], where: str) -> list[Example]:
                 )
         prompt = record[task.prompt_key]
         answer = record[task.answer_key]
-        references = map(str, answer if isinstance(answer, list) else [answer])
+        answers = answer if isinstance(answer, list) else [answer]
+        references = [str(answer) for answer in answers if answer not in (None, "")]
         if references := [reference for reference in references if task.grader.reads(reference)]:
             examples.append(Example(i, prompt_in(task, prompt, place), references, task))
         else:
@@ -901,10 +896,10 @@ def make_output_safe() -> None:
             stream.reconfigure(errors="replace")
 
 
-def progress_bar(completions: int, title: str) -> tqdm:
-    """A bar on rank 0's terminal, for work that takes more than a second or two."""
+def progress_bar(total: int, title: str) -> tqdm:
+    """A bar of completions on rank 0's terminal, for work that takes more than a second or two."""
     silent = None if main_rank() else True  # None: where there is no terminal
-    return tqdm(total=completions, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
+    return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
 def json_line(content: dict) -> bytes:
@@ -1124,14 +1119,27 @@ def sparkline(values: list[float]) -> str:
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and nanochat's special ones."""
-    ranks = {bytes([i]): i for i in range(256)}
+    plain = {bytes([i]): i for i in range(256)}
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(Tokenizer.SPECIAL)}
-    return Tokenizer(tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=plain, special_tokens=special))
 
 
-def imitate(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The loss of supervised learning."""
-    return -logprobs
+def lesson_of(example: Example, tokenizer: Any) -> Completion:
+    """The reference, as if the model had said it."""
+    tokens = [*tokenizer.encode(example.references[0]), tokenizer.stops[0]]
+    return Completion(tokens, [True] * len(tokens), [])
+
+
+def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
+    """The mean score of one completion to each example, no longer than the longest reference."""
+    tokenizer = sampler.tokenizer
+    longest = max(len(lesson_of(example, tokenizer).tokens) for example in examples)
+    prompts = [prompt_of(example, tokenizer) for example in examples]
+    completions = sampler.generate(prompts, 1, longest, policy)
+    return statistics.fmean(
+        example.task.grader(example.references[0], text_of(said, tokenizer))
+        for example, [said] in zip(examples, completions)
+    )
 
 
 def teach(
@@ -1143,41 +1151,24 @@ def teach(
     optimizers: list[torch.optim.Optimizer],
 ) -> int:
     """Supervised learning of the references, `size` questions a step, until the model's own completions score
-    `goal`, or for 1,000 steps. It is the update of RL, with one completion per question and the whole softmax for a
-    policy. Returns the number of steps."""
-    _, gradient = gpt.flatten(model)
-    sampler, policy = Sampler(model, tokenizer), Policy(1.0, 0, model.config.softcap)
+    `goal`, or for 1,000 steps. Returns the number of steps."""
+    sampler = Sampler(model, tokenizer)
+    policy = Policy(1.0, 0, model.config.softcap)
     asked = examples[:: max(1, len(examples) // 400)]
     generator = torch.Generator().manual_seed(0)
     for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
         if step % 5 == 0 and ability(sampler, asked, policy) >= goal:
             return step
-        picks = torch.randint(len(examples), (size,), generator=generator).tolist()
-        groups = [lesson_of(examples[i], tokenizer) for i in picks]
-        gradient.zero_()
-        num_tokens = len(backward(model, groups, policy, size, imitate))
-        gradient.div_(num_tokens)
+        picks = torch.randint(len(examples), (size,), generator=generator)
+        picked = [examples[i] for i in picks.tolist()]
+        prefix = gpt.prefix_of(model, [prompt_of(example, tokenizer) for example in picked])
+        lessons = [lesson_of(example, tokenizer) for example in picked]
+        logprobs, _ = gpt.completion_logprobs(model, prefix, lessons, policy)
+        model.zero_grad()
+        (-logprobs.mean()).backward()
         gpt.step_optimizers(optimizers, 1.0)
         sampler.refresh()
     return 1000
-
-
-def lesson_of(example: Example, tokenizer: Any) -> Group:
-    """The question, and its reference as if the model had said it."""
-    tokens = [*tokenizer.encode(example.references[0]), tokenizer.stops[0]]
-    said = Completion(tokens, [True] * len(tokens), [0.0] * len(tokens))
-    return Group(example, prompt_of(example, tokenizer), [said], advantages=[1.0])
-
-
-def ability(sampler: Sampler, examples: list[Example], policy: Policy) -> float:
-    """The mean score of one completion to each example, no longer than the longest reference."""
-    lessons = [lesson_of(example, sampler.tokenizer) for example in examples]
-    longest = max(len(lesson.completions[0].tokens) for lesson in lessons)
-    completions = sampler.generate([lesson.prompt for lesson in lessons], 1, longest, policy)
-    return statistics.fmean(
-        example.task.grader(example.references[0], text_of(said, sampler.tokenizer))
-        for example, [said] in zip(examples, completions)
-    )
 
 
 def make_starter(folder: Path) -> None:
@@ -1319,7 +1310,7 @@ def settle_flags(given: dict, kind: str, saved: dict, device: torch.device) -> F
     preset = dict(PRESETS[kind])
     if given.get("lora_rank"):
         preset |= PRESETS["lora"]
-    elif kind == "huggingface" and given.get("matrix_optimizer") == "muon":
+    if "matrix_optimizer" in preset and given.get("matrix_optimizer") == "muon":
         preset |= PRESETS["muon"]
     if "num_epochs" in given:
         preset.pop("max_steps", None)
@@ -1359,8 +1350,6 @@ def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch
         with gpt.blaming(f"--chat-template {flags.chat_template} cannot be read", "give a text file"):
             template = Path(flags.chat_template).read_text()
     model, tokenizer, loaded = gpt.load_checkpoint(source, step, device, dtype, flags.lora_rank, template)
-    if flags.lora_rank:
-        gpt.init_adapters(model, flags.seed)
     files = gpt.checkpoint_files(source, step)
     digests = sorted(loaded["sha256"][path.name] for path in files)
     meta = {
@@ -1465,7 +1454,8 @@ def pose(flags: Flags, tokenizer: Any, meta: dict, limit: int) -> tuple[list[Exa
     digest = digest_of(questions, tests)
     if meta.setdefault("data_sha256", digest) != digest:
         raise UserError(
-            "--resume: --data and --eval-data are not what the run began with: leave out --resume to begin anew"
+            "--resume: --data, --eval-data and --few-shot are not what the run began with: leave out --resume to begin "
+            "anew"
         )
     questions = keep_short(questions, "train", tokenizer, limit)
     tests = {
@@ -1575,13 +1565,13 @@ def advise(lines: list[dict]) -> None:
     steps = [line for line in lines if "reward" in line]
     if len(steps) != 10:
         return
-    solved = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
-    if not any(solved) and all(line["all_wrong"] == 1 for line in steps):
+    passes = [value for line in lines for key, value in line.items() if re.search(r"pass@\d+$", key)]
+    if not any(passes) and all(line["all_wrong"] == 1 for line in steps):
         say(
             "nothing was right so far, so there is nothing to learn from: try a few-shot prefix (--few-shot), a larger "
             "--num-samples, an easier task, or a model that was taught the format (SFT)"
         )
-    if {1} == {*solved, *(line["all_right"] for line in steps)}:
+    if {1} == {*passes, *(line["all_right"] for line in steps)}:
         say("everything was right so far, so there is nothing to learn: try a harder task")
 
 

@@ -1383,13 +1383,19 @@ def check_memory(config: Config) -> None:
 
 
 def build(config: Config, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to; adapters are zero. Raises RuntimeError or ValueError, naming the key,
-    on one that is none of the config's."""
+    """The model that a state dict belongs to, and new adapters. Raises RuntimeError or ValueError, naming the key, on
+    one that is none of the config's."""
     if config.vocab_rows < config.vocab_size:
         raise ValueError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
     model = empty_model(config, dtype)
     expected = model.state_dict()
-    weights = {key: torch.zeros(x.shape, device=device) for key, x in expected.items() if "lora_" in key}
+    weights = {}
+    generator = torch.Generator().manual_seed(42)
+    for key, x in expected.items():         # adapters that do nothing yet
+        if key.endswith("lora_a"):
+            weights[key] = torch.randn(x.shape, generator=generator).to(device) / math.sqrt(x.size(1))
+        if key.endswith("lora_b"):
+            weights[key] = torch.zeros(x.shape, device=device)
     for key, tensor in state.items():
         if "lora_" in key or key not in expected:
             raise ValueError(f"unknown key {key}")
@@ -1422,15 +1428,6 @@ def load_checkpoint(
         else:
             config, state, tokenizer = load_nanochat(path, meta)
         return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
-
-
-@torch.no_grad()
-def init_adapters(model: GPT, seed: int) -> None:
-    """Makes A random and leaves B zero, so that the adapters do nothing yet."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if name.endswith("lora_a"):
-            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(p.size(1)))
 
 
 @torch.no_grad()
@@ -1627,7 +1624,7 @@ def flatten(model: GPT) -> tuple[Tensor, Tensor]:
     """Moves the parameters into one vector, of which they become views, and gives them gradients that are views of
     another. Returns both: ranks add up the one and send round the other in one call."""
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = torch.cat([p.detach().flatten() for p in params])
+    weights = nn.utils.parameters_to_vector(params).detach()
     nn.utils.vector_to_parameters(weights, params)
     gradient = torch.zeros_like(weights)
     pieces = gradient.split([p.numel() for p in params])

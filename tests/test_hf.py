@@ -694,7 +694,6 @@ def loaded(kind: str, folder: Path, lora_rank: int = 0, dtype: torch.dtype = tor
         tiny(kind, **changes).save_pretrained(add_tokenizer(folder, make=True))
     model, tokenizer, _ = gpt.load_checkpoint(folder, dtype=dtype, lora_rank=lora_rank)
     if lora_rank:
-        gpt.init_adapters(model, 0)
         for name, p in model.named_parameters():
             if name.endswith("lora_b"):
                 p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))

@@ -274,10 +274,11 @@ def test_pass_at_k_is_the_share_of_subsets(n):
             assert chat_rl.pass_at_k(n, right, k) == pytest.approx(statistics.mean(map(any, subsets)))
 
 
-def test_mean_and_error():
-    """The standard error is the sample deviation over √n; a single value has none."""
-    assert chat_rl.mean_and_error([1.0, 0.0, 0.0, 1.0]) == pytest.approx((0.5, math.sqrt(1 / 3) / 2))
-    assert chat_rl.mean_and_error([0.25]) == (0.25, 0.0)
+def test_solved_and_its_error():
+    """The standard error is the sample deviation over √n; a single question has none."""
+    groups = [Group(None, [], [], scores=scores) for scores in ([1.0, 1.0], [0.0, 0.0], [0.0, 0.5], [1.0, 1.0])]
+    assert chat_rl.solved(groups, 1) == pytest.approx((0.5, math.sqrt(1 / 3) / 2))
+    assert chat_rl.solved([Group(None, [], [], scores=[1.0, 0.0, 0.0, 0.0])], 1) == (0.25, 0.0)
 
 
 def test_arithmetic_holds_out_both_orders():

@@ -327,16 +327,16 @@ os._exit(status)
 
 
 def test_ranks_agree_on_parts_and_on_those_left_out(base):
-    """One step in four parts, the weights drifting too far for the last of them: on two ranks the same groups, tokens and
+    """One step in four parts, the weights drifting too far for some of them: on two ranks the same groups, tokens and
     weights as on one, and both leave out the same parts."""
     script = base / "recorder.py"
     script.write_text(RECORDER)
-    flags = [*LIVELY, "--updates-per-rollout=4", "--clip=0.2,0.28", "--max-ratio=3", "--init-lr-frac=0.2", "--max-steps=1"]
+    flags = [*LIVELY, "--updates-per-rollout=4", "--clip=0.2,0.28", "--max-ratio=1.5", "--init-lr-frac=0.2", "--max-steps=1"]
     shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / "two")
     run(base, *flags, "--model-tag=two", ranks=2, script=script)
     assert main(base, *flags) == 0
     (_, one, _), (_, two, _) = metrics(base), metrics(base, "two")
-    assert 0 < one["parts_left_out"] < 4 and one["ratio_max"] > 3
+    assert 0 < one["parts_left_out"] < 4 and one["ratio_max"] > 1.5
     assert untimed(two) == pytest.approx(untimed(one), rel=1e-3, abs=1e-5)
     said = [json.loads((base / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [line[0] for line in said[0]] == [line[0] for line in said[1]]       # an update came after the same parts
