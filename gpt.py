@@ -1327,6 +1327,8 @@ def weight_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON of shards", "fetch it again"):
         names = {*json.loads(index.read_bytes())["weight_map"].values()}
+        if not names:
+            raise ValueError("it names none")
         return [folder / name for name in sorted(map(str, names))]
 
 
