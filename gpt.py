@@ -192,8 +192,9 @@ class Prefix(NamedTuple):
 
     def backward(self, leaves: "Prefix") -> None:
         """Sends the gradients that the leaves have collected back through the questions."""
-        ends = [(x, leaf.grad) for x, leaf in zip(self, leaves) if leaf.grad is not None]
-        torch.autograd.backward(*zip(*ends))
+        reached = [(x, leaf.grad) for x, leaf in zip(self, leaves) if leaf.grad is not None]
+        tensors, gradients = zip(*reached)
+        torch.autograd.backward(tensors, gradients)
 
 
 def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
@@ -242,12 +243,15 @@ class Cache:
         if self.prefix is not None:
             starts = self.starts.unsqueeze(1)
             shared = torch.arange(self.prefix.kv.size(4), device=ids.device)
-            keys = torch.cat([shared.masked_fill(shared >= starts, 2**40), starts + keys], dim=1)
+            shared = shared.masked_fill(shared >= starts, 2**40)
+            keys = torch.cat([shared, starts + keys], dim=1)
         return keys[:, keys.size(1) - ids.size(1) :], keys
 
     def previous(self, x: Tensor) -> Tensor:
         """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
-        before = torch.zeros_like(x[:, :1]) if self.last is None else self.last[:, -1:]
+        if self.last is None:
+            self.last = torch.zeros_like(x[:, :1])
+        before = self.last[:, -1:]
         self.last = x
         return torch.cat([before, x[:, :-1]], dim=1)
 
@@ -285,11 +289,13 @@ class Cache:
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
         x = x if self.row_of_slot is None else x.index_select(0, self.row_of_slot)
-        return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
+        x = x.unflatten(0, (-1, self.num_samples))
+        return x.transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(P, G, N·, E) -> (B, G, ·, E)"""
-        x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
+        x = x.unflatten(2, (self.num_samples, -1))
+        x = x.transpose(1, 2).flatten(0, 1)
         return x if self.slot_of_row is None else x.index_select(0, self.slot_of_row)
 
     def select(self, rows: numpy.ndarray) -> Tensor:
@@ -567,8 +573,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_fc(x)
-        y = F.silu(self.c_gate(x)) * y if self.c_gate else F.relu(y).square()
-        return self.c_proj(y)
+        if self.c_gate:
+            return self.c_proj(F.silu(self.c_gate(x)) * y)
+        return self.c_proj(F.relu(y).square())
 
 
 class Block(nn.Module):
@@ -718,8 +725,13 @@ def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
 # The calculator, tokenizers and chat templates
 
 OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
 }
 
 
@@ -965,7 +977,8 @@ class Policy:
         cumulative = p.cumsum(dim=-1)
         entropy = -(p * logprobs).sum(dim=-1)
         aim = uniform.unsqueeze(1) * cumulative[:, -1:]
-        pick = torch.searchsorted(cumulative, aim, right=True).clamp_(max=scores.size(-1) - 1)
+        pick = torch.searchsorted(cumulative, aim, right=True)
+        pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
         return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
 
@@ -1344,7 +1357,8 @@ def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> t
     """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
     quoted) and tokenizer; the meta is told the files' digests and the config.json."""
     digests = meta["sha256"]
-    files = {name: read_file(folder / name, digests)[:] for name in FILES if (folder / name).exists()}
+    there = [name for name in FILES if (folder / name).exists()]
+    files = {name: read_file(folder / name, digests)[:] for name in there}
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     try:
@@ -1393,7 +1407,8 @@ def build(config: Config, state: dict[str, Tensor], device: str | torch.device, 
     generator = torch.Generator().manual_seed(42)
     for key, x in expected.items():         # adapters that do nothing yet
         if key.endswith("lora_a"):
-            weights[key] = torch.randn(x.shape, generator=generator).to(device) / math.sqrt(x.size(1))
+            noise = torch.randn(x.shape, generator=generator)
+            weights[key] = (noise / math.sqrt(x.size(1))).to(device)
         if key.endswith("lora_b"):
             weights[key] = torch.zeros(x.shape, device=device)
     for key, tensor in state.items():
