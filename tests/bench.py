@@ -130,14 +130,15 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
 def stopping_rollout(sampler: gpt.Sampler, prompts: list[list[int]], policy: gpt.Policy, halves: bool) -> None:
     """A rollout whose rows stop at scripted places: `draw` is told which."""
     draw, count = sampler.draw, [0]
-    sampler.tokenizer.stops = (VOCAB,)
+    sampler.tokenizer.stops = (VOCAB - 1,)
 
-    def scripted(*args) -> tuple:
-        tokens, *figures = draw(*args)
+    def scripted(*args) -> torch.Tensor:
+        drawn = draw(*args)
+        drawn[0].clamp_(max=VOCAB - 2)
         count[0] += 1
         if halves and count[0] % 8 == 0:
-            tokens[::2] = VOCAB
-        return tokens, *figures
+            drawn[0, ::2] = VOCAB - 1
+        return drawn
 
     sampler.draw = scripted
     try:

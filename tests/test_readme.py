@@ -108,3 +108,19 @@ def test_public_functions_have_docstrings():
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 6 and node.name not in (
                 "Attention", "Block", "MLP"):
             assert ast.get_docstring(node), node.name
+
+
+def test_the_bench_runs(monkeypatch, capsys):
+    """All that tests/bench.py measures, each once and on a small model."""
+    import bench
+
+    def once(work: Callable, repeat: int = 3) -> float:
+        work()
+        return 1.0
+
+    for name, value in {"P": 2, "N": 4, "PROMPT": 5, "NEW": 16, "seconds": once}.items():
+        monkeypatch.setattr(bench, name, value)
+    bench.measure(2, 64, torch.device("cpu"), torch.float32)
+    bench.against_transformers(2, 64, torch.device("cpu"), torch.float32)
+    said = capsys.readouterr().out
+    assert "no row stops" in said and "half of the rows stop" in said and "transformers.generate" in said
