@@ -10,7 +10,7 @@ Each step asks a few questions, samples a group of completions to each, rewards 
 
 Where the ratio is 1, as in the first update after a rollout, that is REINFORCE (Williams 1992) with the group's mean
 for a baseline, or what is left of GRPO (Shao et al. 2024) when
- 1. every rollout is used once, by the policy that sampled it (else: --updates-per-rollout and --clip),
+ 1. every rollout is used once, by the policy that sampled it (--updates-per-rollout changes that, --clip bounds it),
  2. there is no reference model: no KL penalty,
  3. advantages are not divided by the group's standard deviation, which favours questions nearly all right or all wrong,
  4. the loss is normalised by the tokens of the whole step (DAPO, Yu et al. 2025): each counts the same, in any batch.
@@ -291,34 +291,26 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
 def grade(run: Run, learner: Learner, group: Group) -> None:
     """Scores and rewards every completion, and compares it with its group. Raises Interrupted where a signal cuts it
     short."""
-    task, references, tokenizer = group.example.task, group.example.references, run.tokenizer
+    task, tokenizer = group.example.task, run.tokenizer
     asked = tokenizer.decode(group.prompt).removesuffix(task.prefill)
     opened = "<think>" * asked.rstrip().endswith("<think>") + task.prefill
     before = same_math.timeouts
     for completion in group.completions:
         learner.ranks.heed()
         text = opened + text_of(completion, tokenizer)
-        group.scores.append(max(task.grader(reference, text) for reference in references))
+        group.scores.append(max(task.grader(reference, text) for reference in group.example.references))
     group.timeouts = same_math.timeouts - before
     group.rewards = [reward_of(score) for score in group.scores]
     group.advantages = advantages_of(group.rewards)
 
 
-def ask(
-    run: Run,
-    learner: Learner,
-    examples: list[Example],
-    num_samples: int,
-    policy: Policy,
-    seed: int,
-    title: str,
-) -> list[Group]:
-    """Samples and grades, each rank its share of the examples. Returns the groups of all ranks, in the examples'
-    order; [] where a signal cut it short."""
+def ask(run: Run, learner: Learner, examples: list[Example], **sampling: Any) -> list[Group]:
+    """Samples and grades, each rank its share of the examples; `sampling` is what `rollout` takes besides. Returns
+    the groups of all ranks, in the examples' order; [] where a signal cut it short."""
     ranks, groups = learner.ranks, []
     mine = examples[ranks.rank :: ranks.size]
     try:
-        groups = rollout(run, learner, mine, num_samples, policy, seed, title)
+        groups = rollout(run, learner, mine, **sampling)
         for group in groups:
             grade(run, learner, group)
     except gpt.Interrupted:
@@ -326,16 +318,16 @@ def ask(
     return [] if ranks.stopping() else ranks.gather(groups)
 
 
-def num_sampled(groups: list[Group]) -> int:
+def num_sampled(completions: list[Completion]) -> int:
     """The number of tokens that the policy drew, as opposed to forced ones."""
-    return sum(sum(completion.mask) for group in groups for completion in group.completions)
+    return sum(sum(completion.mask) for completion in completions)
 
 
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
     """Means over the completions, the questions or the sampled tokens of a rollout."""
     completions = [completion for group in groups for completion in group.completions]
-    learned = sum(sum(completion.mask) for group in groups for completion, _ in group.lessons())
-    num_tokens = num_sampled(groups)
+    learned = [completion for group in groups for completion, _ in group.lessons()]
+    num_tokens = num_sampled(completions)
     mean = statistics.fmean
     return {
         "reward": mean(reward for group in groups for reward in group.rewards),
@@ -344,7 +336,7 @@ def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
         "completion_length": mean(len(c.tokens) for c in completions),
         "truncated": mean(c.tokens[-1] not in stops for c in completions),
         "entropy": sum(c.entropy for c in completions) / num_tokens,
-        "advantage_tokens": learned / num_tokens,
+        "advantage_tokens": num_sampled(learned) / num_tokens,
         "grader_timeouts": sum(group.timeouts for group in groups),
     }
 
@@ -383,9 +375,10 @@ def deal(run: Run, groups: list[Group]) -> list[tuple[list[Group], float]]:
     K = run.flags.updates_per_rollout
     order = shuffled(len(groups), run.flags.seed, DEALING, run.step)
     learned = [i for i in order if groups[i].lessons()]
-    rest = num_sampled([group for group in groups if not group.lessons()]) / K
-    parts = [[groups[i] for i in sorted(learned[k::K])] for k in range(K)]
-    return [(part, num_sampled(part) + rest) for part in parts if part]
+    sizes = [num_sampled(group.completions) for group in groups]
+    rest = (sum(sizes) - sum(sizes[i] for i in learned)) / K
+    parts = [sorted(learned[k::K]) for k in range(K)]
+    return [([groups[i] for i in part], sum(sizes[i] for i in part) + rest) for part in parts if part]
 
 
 def update(run: Run, learner: Learner, num_tokens: float) -> float:
@@ -420,9 +413,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         learner.gradient.zero_()
         mine = part[ranks.rank :: ranks.size]
         log_ratios = backward(learner.model, mine, policy, flags.device_batch_size, loss)
-        drift = torch.cat([torch.tensor(x).double() for x in ranks.everyone(log_ratios.tolist())])
-        drifts.append(drift)
-        if not flags.max_ratio or drift.abs().max() <= math.log(flags.max_ratio):
+        drifts.append(torch.cat([torch.tensor(x).double() for x in ranks.everyone(log_ratios.tolist())]))
+        if not flags.max_ratio or drifts[-1].abs().max() <= math.log(flags.max_ratio):
             norms.append(update(run, learner, num_tokens))
     drift = torch.cat(drifts or [torch.zeros(1)])
     ratio = drift.exp()
@@ -445,7 +437,9 @@ def step(run: Run, learner: Learner) -> dict | None:
     questions = questions_of_step(run, run.step)
     policy = learner.policy(flags.temperature, flags.top_k)
     seed = int(gpt.fold(flags.seed, TRAINING, run.step))
-    groups = ask(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}")
+    groups = ask(
+        run, learner, questions, num_samples=flags.num_samples, policy=policy, seed=seed, title=f"step {run.step}"
+    )
     if not groups:
         return None
     rolled_out = time.monotonic()
@@ -482,8 +476,12 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
     metrics, answered = {}, {}
     for name, examples in run.tests.items():
         examples = examples[: flags.eval_examples or None]
-        groups = ask(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
-        greedy = groups and ask(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
+        groups = ask(
+            run, learner, examples, num_samples=flags.eval_samples, policy=policy, seed=seed, title="evaluation"
+        )
+        greedy = groups and ask(
+            run, learner, examples, num_samples=1, policy=likeliest, seed=seed, title="evaluation, greedy"
+        )
         if not greedy:
             return {}, {}
         answered[name] = groups
@@ -1084,7 +1082,8 @@ def evaluation_keys(metrics: dict) -> list[str]:
     """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
     accuracy."""
     several = sum(key.endswith("greedy") for key in metrics) > 1
-    shown = re.compile(r"(pass@1|greedy)$" if several else r"(pass@(1|2|4|8|16|32|64|128|256|512)|greedy)$")
+    powers = "|".join(str(2**i) for i in range(1 if several else 64))
+    shown = re.compile(rf"(pass@({powers})|greedy)$")
     return [key for key in metrics if shown.search(key) and None not in (metrics[key], metrics.get(key + "_error"))]
 
 
