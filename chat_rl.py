@@ -497,15 +497,22 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
 # Graders: does a completion say what the reference says?
 
 
+def before_open_thought(text: str) -> str:
+    """A text up to a <think> that never ends: what stands in it is no answer."""
+    *closed, tail = text.split("</think>")
+    return "</think>".join([*closed, tail.partition("<think>")[0]])
+
+
 def after_marks(text: str) -> str:
     """What follows the last ####, GSM8K's way to end; "" where there is none."""
-    _, mark, tail = text.rpartition("####")
+    _, mark, tail = before_open_thought(text).rpartition("####")
     return tail if mark else ""
 
 
 def last_box(text: str) -> str:
     r"""What stands in the last \boxed{} whose braces are balanced, on one line; "" where there is none."""
     opened, begin, last = [], -1, ""
+    text = before_open_thought(text)
     for mark in re.finditer(r"(\\boxed\s*)?\{|\}|\\.", text, re.DOTALL):
         if mark[0].endswith("{") and mark[0] != r"\{":
             opened.append(mark)
@@ -834,7 +841,7 @@ def task_of(name: str, flags: Flags) -> Task:
     if flags.few_shot:
         place = f"--few-shot {flags.few_shot}"
         with gpt.blaming(f"{place} cannot be read", "give a JSON file"):
-            value = json.loads(Path(flags.few_shot).read_text())
+            value = json.loads(Path(flags.few_shot).read_text(encoding="utf-8"))
         overrides["few_shot"] = tuple(checked_messages(value, place, "assistant"))
     return replace(TASKS[name], **overrides)
 
@@ -955,7 +962,7 @@ class Log:
         import wandb
 
         self.wandb = wandb.init(
-            project="chat_rl",
+            project=os.environ.get("WANDB_PROJECT", "chat_rl"),
             name=run.flags.run,
             id=run.meta["wandb_id"],
             resume="allow",
@@ -1267,7 +1274,7 @@ def find_source(tag: str | None, base: Path) -> tuple[Path | None, str]:
         return base / "chatsft_checkpoints" / tag, tag
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag) and not Path(tag).exists():
         return None, tag.partition("/")[2]
-    path = Path(tag).resolve()
+    path = Path(tag).expanduser().resolve()
     return path, path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
 
 
@@ -1347,7 +1354,7 @@ def load_source(source: Path, base: Path, kind: str, flags: Flags, device: torch
     template, dtype = None, getattr(torch, flags.dtype)
     if flags.chat_template:
         with gpt.blaming(f"--chat-template {flags.chat_template} cannot be read", "give a text file"):
-            template = Path(flags.chat_template).read_text()
+            template = Path(flags.chat_template).read_text(encoding="utf-8")
     model, tokenizer, loaded = gpt.load_checkpoint(source, step, device, dtype, flags.lora_rank, template)
     files = gpt.checkpoint_files(source, step)
     digests = sorted(loaded["sha256"][path.name] for path in files)

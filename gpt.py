@@ -10,6 +10,7 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 """
 
 import ast
+import errno
 import hashlib
 import itertools
 import json
@@ -102,6 +103,9 @@ class Ranks:
         self.device = find_device(device_type)
         if "RANK" not in os.environ:
             return
+        missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+        if missing:
+            raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start with torchrun, or unset RANK")
         self.rank = int(os.environ["RANK"])
         self.size = int(os.environ["WORLD_SIZE"])
         if self.device.type == "mps" and self.size > 1:
@@ -1240,8 +1244,13 @@ def write_file(path: Path, content: Any) -> str:
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:     # as some network disks refuse it: the file is there already
+            raise
+    finally:
+        os.close(folder)
     return hashed.sha256.hexdigest()
 
 
@@ -1373,7 +1382,11 @@ def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> t
     for path in weight_paths(folder):
         with blaming(f"{path} cannot be read", "fetch it again"):
             tensors = safetensors.torch.load(read_file(path, digests)[:])
-        state |= {names.get(name, repr(name)): tensor for name, tensor in tensors.items()}
+        state |= {
+            names.get(name, repr(name)): tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("rotary_emb.inv_freq")  # of old folders: it follows from the config
+        }
     if config.tied and "lm_head.weight" in state:
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("transformer.wte.weight", head)):

@@ -142,6 +142,15 @@ def test_what_the_prompt_has_opened_is_part_of_the_text():
     assert GRADERS["tagged-number"]("5", "<think>\n" + "thoughts</think><answer>5</answer>") == 1
 
 
+@pytest.mark.parametrize("name, said", [
+    ("number", "#### 5"), ("boxed-number", boxed("5")), ("boxed-math", boxed("5")), ("tagged-number", "<answer>5</answer>"),
+])
+def test_a_thought_that_never_ends_holds_no_answer(name, said):
+    grade = GRADERS[name]
+    assert grade("5", f"<think>{said}") == grade("5", f"<think>a</think> b <think>{said}") == 0
+    assert grade("5", f"<think>a</think>{said}") == grade("5", f"{said} <think>was that right?") == 1
+
+
 # What scores what by math-verify 0.9; where a pair is not symmetric both orders stand here.
 EQUAL = [
     (r"\frac12", r"\dfrac{1}{2}"), (r"\frac12", "0.5"), ("0.5", r"\dfrac{1}{2}"), (r"\frac12", "1/2"), (r"\frac12", r"\tfrac 12"),

@@ -251,6 +251,13 @@ def test_a_single_file_wins(folder):
     assert list(digests) == ["model.safetensors"] and torch.equal(again["norm.weight"], state["norm.weight"] + 1)
 
 
+def test_old_folders_with_frequencies_load(folder):
+    """Llama folders of 2023 hold each layer's rotary frequencies, which follow from the config."""
+    expected = logits(folder)
+    edit(shard(folder), **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
+    torch.testing.assert_close(logits(folder), expected)
+
+
 def test_names_go_both_ways():
     names = gpt.huggingface_names(3)
     assert len(set(names.values())) == len(names)

@@ -340,3 +340,8 @@ def test_what_is_amiss_is_said_once(base):
     done = run(base, *SMALL, "--task=chess", ranks=2, status=None)
     assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: --task chess") == 1
     assert not (base / "chatrl_checkpoints").exists()
+
+
+def test_half_an_environment_of_torchrun_is_said(base):
+    done = run_alone(base, *SMALL, status=2, RANK="0")
+    assert done.stderr == "chat_rl: RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: start with torchrun, or unset RANK\n"
