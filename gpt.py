@@ -11,38 +11,35 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 
 import ast
 import errno
-import hashlib
 import itertools
 import json
 import math
-import mmap
 import operator
 import os
 import pickle
 import re
+import shutil
 import signal
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import huggingface_hub
-import jinja2
-import jinja2.ext
 import numpy
 import safetensors.torch
 import tiktoken
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 
 
@@ -71,7 +68,103 @@ def blaming(what: str, mend: str) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """A signal cuts a piece of work short."""
+    """The run was told to stop, by the signal of that number."""
+
+
+@dataclass
+class Ranks:
+    """The processes of a run, each with a share of the work; one where torchrun did not start it.
+
+    Rank 0 alone reads checkpoints and data, prints and saves. A first SIGTERM, SIGINT or SIGHUP interrupts work that
+    is interruptible, and waits for the end of any other; another one, a second later, ends the process at once.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+    signal: int = 0                         # the number of the first signal, 0 before it
+    signalled: float = 0.0                  # when it came
+    interrupting: bool = False              # whether a signal may raise Interrupted where it comes
+
+    def wait_for_main(self) -> None:
+        """Waits until rank 0 has got here, for a week if need be: it may have a model to fetch."""
+        if self.store and self.rank == 0:
+            self.store.set("main", "is here")
+        elif self.store:
+            self.store.wait(["main"], timedelta(days=7))
+
+    def all_gather(self, thing: Any) -> list:
+        """All ranks' things, which hold no tensors, on every rank."""
+        things = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def gather(self, thing: Any) -> list:
+        """All ranks' things on rank 0, nothing elsewhere."""
+        things = [thing] * self.size if self.rank == 0 else None
+        if self.size > 1:
+            dist.gather_object(thing, things)
+        return things or []
+
+    def share(self, thing: Any) -> Any:
+        """Rank 0's thing, which holds no tensors, on every rank."""
+        box = [thing]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def reduce(self, tensor: Tensor, owner: int) -> None:
+        """Adds the ranks' tensors up on their owner, in place; those of the others are spoilt."""
+        if self.size > 1 and len(tensor):
+            dist.reduce(tensor, owner)
+
+    def broadcast(self, tensor: Tensor, owner: int = 0) -> None:
+        """Overwrites the ranks' tensors with their owner's."""
+        if self.size > 1 and len(tensor):
+            dist.broadcast(tensor, owner)
+
+    def move(self, tensor: Tensor, source: int, target: int) -> None:
+        """Overwrites the target's tensor with the source's; for these two ranks alone."""
+        if source != target and len(tensor):
+            dist.send(tensor, target) if self.rank == source else dist.recv(tensor, source)
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.signal and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal = number
+            self.signalled = time.monotonic()
+        if self.interrupting:
+            self.interrupting = False       # it is raised once
+            raise Interrupted(number)
+
+    def check(self) -> None:
+        """Raises Interrupted on all ranks where any of them was told to stop."""
+        number = max(self.all_gather(self.signal))
+        if number:
+            raise Interrupted(number)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around work of each rank's own, which a signal cuts short; at its end all ranks agree whether one did."""
+        try:
+            self.interrupting = True
+            if self.signal:                 # it came before
+                raise Interrupted(self.signal)
+            yield
+            self.interrupting = False       # before the end of the block: nothing is raised past it
+        except Interrupted:
+            pass
+        finally:
+            self.interrupting = False
+        self.check()
 
 
 def find_device(device_type: str) -> torch.device:
@@ -86,91 +179,24 @@ def find_device(device_type: str) -> torch.device:
     return device
 
 
-class Ranks:
-    """The processes of a run, each with a share of every step's questions; one where torchrun did not start it.
-
-    Rank 0 alone reads checkpoints and data, steps the optimizers, prints and saves. A first SIGTERM, SIGINT or SIGHUP
-    is heeded where work asks for it, and all ranks stop together; another one, a second later, ends the process at
-    once.
-    """
-
-    TIMEOUT = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
-
-    def __init__(self, device_type: str):
-        self.rank = 0
-        self.size = 1
-        self.signalled = 0.0                # when the first signal came
-        self.device = find_device(device_type)
-        if "RANK" not in os.environ:
-            return
-        missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-        if missing:
-            raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start with torchrun, or unset RANK")
-        self.rank = int(os.environ["RANK"])
-        self.size = int(os.environ["WORLD_SIZE"])
-        if self.device.type == "mps" and self.size > 1:
-            raise UserError(
-                "--device-type mps runs in one process: start it with python, or take --device-type cpu"
-            )
-        # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
-        store, *_ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
-        store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-            store=store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=self.TIMEOUT,
-        )
-
-    def everyone(self, thing: Any) -> list:
-        """All ranks' things, which hold no tensors, on every rank."""
-        things = [thing]
-        if self.size > 1:
-            things *= self.size
-            dist.all_gather_object(things, thing)
-        return things
-
-    def reduce(self, tensor: Tensor) -> None:
-        """Adds the ranks' tensors up on rank 0, in place; those of the others are spoilt."""
-        if self.size > 1:
-            dist.reduce(tensor, 0)
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Overwrites the ranks' tensors with rank 0's."""
-        if self.size > 1:
-            dist.broadcast(tensor, 0)
-
-    def share(self, thing: Any) -> Any:
-        """Rank 0's thing, which holds no tensors, on every rank."""
-        box = [thing]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def gather(self, items: list) -> list:
-        """All ranks' items, dealt back into the order in which [rank::size] dealt them out."""
-        rounds = itertools.zip_longest(*self.everyone(items))
-        return [item for round in rounds for item in round if item is not None]
-
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-                signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: Any) -> None:
-        if self.signalled and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
-            os._exit(128 + number)
-        self.signalled = self.signalled or time.monotonic()
-
-    def heed(self) -> None:
-        """Raises Interrupted where this rank was told to stop."""
-        if self.signalled:
-            raise Interrupted
-
-    def stopping(self) -> bool:
-        """Whether any rank was told to stop: the same answer on all."""
-        return any(self.everyone(self.signalled))
+def start_ranks(device_type: str) -> Ranks:
+    """Joins the other processes that torchrun has started. Raises UserError where they cannot run together."""
+    device = find_device(device_type)
+    if "RANK" not in os.environ:
+        return Ranks(device)
+    missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start with torchrun, or unset RANK")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device.type == "mps" and size > 1:
+        raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
+    # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
+    timeout = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return Ranks(device, rank, size, store)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,51 +229,66 @@ class Prefix(NamedTuple):
 
 def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
     """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T), (B or 1, Lp + S):
-    (B or 1, 1, T, Lp + S)."""
+    (B or 1, 1, T, Lp + S), whose rows begin at multiples of 8, as CUDA's kernels want them."""
+    width = keys.size(1)
+    keys = F.pad(keys, (0, -width % 8))
     distance = (queries.unsqueeze(2) - keys.unsqueeze(1)).unsqueeze(1)
     unseen = (distance < 0) | (distance > window)
-    return torch.zeros_like(distance, dtype=dtype).masked_fill_(unseen, -torch.inf)
+    return torch.zeros_like(distance, dtype=dtype).masked_fill_(unseen, -torch.inf)[..., :width]
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """q·k in float32, which a softmax needs even where its weights do not: q (B, G, M, D), k (B, G, K, D) ->
+    (B, G, M, K)."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
+    return q.float() @ k.float().mT
 
 
 class Cache:
     """Keys and values that new tokens attend to: a part shared by the rows of a group, and each row's own.
 
     `Cache()` is empty. `Cache(prefix)` has one row per entry of the prefix; either takes one forward, which may be
-    differentiated. `Cache(prefix, N, capacity)`, to decode with, has N rows for each entry, in order, and room for
-    `capacity` own tokens of each: P·Lp + B·capacity positions in all. Every row has the same number of own tokens,
-    `size`.
+    differentiated. `Cache(prefix, N)`, to decode with, has N rows for each entry, in order, and its own part grows
+    with what they say. Every row has the same number of own tokens, `size`.
     """
 
-    def __init__(self, prefix: Prefix | None = None, num_samples: int = 1, capacity: int = 0):
+    def __init__(self, prefix: Prefix | None = None, num_samples: int = 0):
         self.prefix = prefix
         self.num_samples = num_samples
         self.size = 0
         self.own = {}                       # layer -> (2, B, G, T, D), of a forward without a prefix
-        self.room = None                    # (L, 2, B, G, capacity, D), of a cache to decode with
+        self.rooms = None                   # L times (2, B, G, at least size, D), of a cache to decode with
         self.last = None                    # (B, T, C) embeddings of the latest forward
         self.slot_of_row = self.row_of_slot = None  # of uneven groups (B,), (P·N,)
         if prefix is None:
             return
         self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
-        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples)  # each row's entry of the prefix
+        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples or 1)  # each row's entry of the prefix
         rows = self.to_device(self.groups)
         self.starts = prefix.lengths[rows]
         self.last = prefix.embed[rows].unsqueeze(1)
-        if capacity:
-            L, _, _, G, _, D = prefix.kv.shape
-            self.room = prefix.kv.new_empty(L, 2, len(rows), G, capacity, D)
+        if num_samples:
+            _, _, G, _, D = self.shared[0].shape
+            self.rooms = [kv.new_empty(2, len(rows), G, 0, D) for kv in self.shared]
 
     def to_device(self, index: numpy.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
-    def positions(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """From the question's start, those of the new tokens ids (B, T), (B or 1, T), and of all keys, beyond all reach
-        where they are padding, (B or 1, Lp + S)."""
-        keys = torch.arange(self.size + ids.size(1), device=ids.device).unsqueeze(0)
+    def extend(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes room for the new tokens ids (B, T). Returns their positions from the question's start, (B or 1, T),
+        and those of all keys, beyond all reach where they are padding, (B or 1, Lp + S)."""
+        before, self.size = self.size, self.size + ids.size(1)
+        if self.rooms and self.size > self.rooms[0].size(3):
+            for layer, full in enumerate(self.rooms):  # one after another, by a quarter: this takes little at once
+                room = full.new_empty(*full.shape[:3], self.size + self.size // 4 + 16, full.size(4))
+                room[:, :, :, :before] = full[:, :, :, :before]
+                self.rooms[layer] = room
+        keys = torch.arange(self.size, device=ids.device, dtype=torch.int32).unsqueeze(0)
         if self.prefix is not None:
             starts = self.starts.unsqueeze(1)
-            shared = torch.arange(self.prefix.kv.size(4), device=ids.device)
-            shared = shared.masked_fill(shared >= starts, 2**40)
+            shared = torch.arange(self.prefix.kv.size(4), device=ids.device, dtype=torch.int32)
+            shared = shared.masked_fill(shared >= starts, 2**30)
             keys = torch.cat([shared, starts + keys], dim=1)
         return keys[:, keys.size(1) - ids.size(1) :], keys
 
@@ -263,11 +304,10 @@ class Cache:
         """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
         (B, H, T, D)."""
         own = torch.stack((k, v))
-        if self.room is not None:
-            end = self.size + k.size(2)
-            room = self.room[layer, :, :, :, :end]
-            room[:, :, :, self.size :] = own
-            return self.attend_in_groups(q * scale, self.shared[layer], room, mask)
+        if self.rooms:
+            room = self.rooms[layer][:, :, :, : self.size]
+            room[:, :, :, self.size - k.size(2) :] = own
+            return self.attend_in_groups(q, self.shared[layer], room, mask, scale)
         if self.prefix is None:
             self.own.setdefault(layer, own)  # a block that runs again in a backward leaves nothing new
         else:
@@ -277,15 +317,15 @@ class Cache:
         k, v = own.unsqueeze(3).expand(-1, -1, -1, repeats, -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
-    def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+    def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor, scale: float) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
         k, v = own
         shared_k, shared_v = shared
         asked = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, G, R·T, D)
-        of_shared = self.to_rows(self.to_groups(asked) @ shared_k.mT)
-        scores = torch.cat([of_shared, asked @ k.mT], dim=-1)
-        scores = scores.unflatten(2, (-1, q.size(2))) + mask.unsqueeze(2)  # (B, G, R, T, Lp + S)
-        weights = scores.softmax(dim=-1).flatten(2, 3)
+        of_shared = self.to_rows(scores_of(self.to_groups(asked), shared_k))
+        scores = torch.cat([of_shared, scores_of(asked, k)], dim=-1).unflatten(2, (-1, q.size(2)))
+        scores = mask.unsqueeze(2).add(scores, alpha=scale)  # (B, G, R, T, Lp + S)
+        weights = scores.softmax(dim=-1).flatten(2, 3).to(v.dtype)
         to_shared, to_own = weights.tensor_split([shared_k.size(2)], dim=-1)
         y = to_own @ v + self.to_rows(self.to_groups(to_shared) @ shared_v)
         return y.view_as(q)
@@ -306,9 +346,10 @@ class Cache:
         """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
         kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
         index = self.to_device(rows)
-        for x in self.room[:, :, :, :, : self.size]:
-            x[:, : len(rows)] = x.index_select(1, index)
-        self.room = self.room[:, :, : len(rows)]
+        for layer, room in enumerate(self.rooms):
+            said = room[:, :, :, : self.size]
+            said[:, : len(rows)] = said.index_select(1, index)
+            self.rooms[layer] = room[:, : len(rows)]
         self.starts = self.starts.index_select(0, index)
         self.last = self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
@@ -411,57 +452,52 @@ FAMILIES = {
     "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
 }
 KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
+    "model_type": tuple(FAMILIES),
     "hidden_act": (None, "silu"),
     "full_attention": (None,),              # RoPE's settings by the type of layer
     "partial_rotary_factor": (None, 1),
     "rope_type": ("default", "llama3"),
-    "tie_word_embeddings": (None, False, True),
+    "layer_types": ({"full_attention"},),
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"), (None, False)),
 }
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
-    """The architecture that a config.json describes, for a tokenizer with so many ids. Raises UserError, naming the
+    """The architecture that a config.json describes, for a tokenizer with so many ids. Raises ValueError, naming the
     field, on whatever would be run wrong."""
 
-    def expect(good: bool, name: str, known: Any) -> None:
-        if not good:
-            raise UserError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
-
-    def number(name: str, default: float | None = None, kind: type = int) -> float:
+    def number(name: str, default: float | None = None) -> Any:
         value = default if raw.get(name) is None else raw[name]
-        expect(type(value) in (kind, int) and 0 < value < math.inf, name, f"any {kind.__name__} above 0")
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"config.json: {name} is {value!r}, not a number above 0")
         return value
 
-    expect(raw.get("model_type") in tuple(FAMILIES), "model_type", tuple(FAMILIES))
-    family, defaults = FAMILIES[raw["model_type"]]
+    family, defaults = FAMILIES.get(raw.get("model_type"), ({}, {}))
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
-    expect(isinstance(rope, dict), "rope_scaling", "an object, as rope_parameters")
     raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
+    raw["layer_types"] = {*(raw.get("layer_types") or ["full_attention"])}
+    for name, known in KNOWN.items():
+        if raw.get(name) not in known:
+            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
     layers, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     kv_heads = number("num_key_value_heads", heads)
-    head_dim = number("head_dim", width // heads)
-    for name, known in {**KNOWN, "layer_types": (None, ["full_attention"] * layers)}.items():
-        expect(raw.get(name) in known, name, known)
-    expect(heads % kv_heads == 0, "num_attention_heads", f"multiples of num_key_value_heads, {kv_heads}")
-    expect(head_dim % 2 == 0, "head_dim", "even numbers")
-    expect(vocab_size <= number("vocab_size"), "vocab_size", f"rows for all {vocab_size} ids of tokenizer.json")
-    scaled = raw["rope_type"] == "llama3"
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads is {heads}, no multiple of {kv_heads}")
     return Config(
-        vocab_size,
+        min(vocab_size, number("vocab_size")),
         vocab_rows=raw["vocab_size"],
         n_layer=layers,
         n_head=heads,
         n_kv_head=kv_heads,
         n_embd=width,
-        head_dim=head_dim,
+        head_dim=number("head_dim", width // heads),
         mlp_width=number("intermediate_size"),
         max_positions=number("max_position_embeddings"),
         tied=bool(raw.get("tie_word_embeddings")),
-        norm_eps=number("rms_norm_eps", 1e-6, float),
-        rope_base=number("rope_theta", 1e4, float),
-        rope_scaling=tuple(number(name, kind=float) for name in LLAMA3) if scaled else (),
+        norm_eps=number("rms_norm_eps", 1e-6),
+        rope_base=number("rope_theta", 1e4),
+        rope_scaling=tuple(map(number, LLAMA3)) if raw["rope_type"] == "llama3" else (),
         **family,
     )
 
@@ -469,9 +505,16 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
 LORA_ALPHA = 32
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., C) times the transpose of weight (K, C): (..., K)."""
+    rows = x.flatten(0, -2)
+    if x.is_cpu and len(rows) <= 64 and not torch.is_grad_enabled():  # then a CPU's libraries take half the time
+        return (weight @ rows.mT).mT.unflatten(0, x.shape[:-1])
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
-    """Arithmetic in the type of the input, whatever that of the weights. With a rank, an adapter (LoRA, Hu et al.
-    2021): W + α / rank · B·A, of which W is frozen."""
+    """With a rank, an adapter (LoRA, Hu et al. 2021): W + α / rank · B·A, of which W is frozen."""
 
     def __init__(self, width: int, height: int, bias: bool = False, rank: int = 0):
         super().__init__(width, height, bias)
@@ -480,31 +523,21 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)
-        if self.lora_a is None:
-            return y
-        low = F.linear(x, self.lora_a.to(x.dtype))
-        return y + self.scale * F.linear(low, self.lora_b.to(x.dtype))
-
-    def merged(self) -> Tensor:
-        """The weights with the adapter in them, in float32."""
-        return self.weight.float() + self.scale * self.lora_b.float() @ self.lora_a.float()
+        y = product(x, self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        if self.lora_a is not None:
+            y = torch.add(y, product(product(x, self.lora_a), self.lora_b), alpha=self.scale)
+        return y
 
 
-class Norm(nn.RMSNorm):
+def norm_of(config: Config, width: int) -> nn.RMSNorm:
     """RMSNorm (Zhang and Sennrich 2019)."""
-
-    def __init__(self, config: Config, width: int):
-        super().__init__(width, config.norm_eps, config.norm_weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
+    return nn.RMSNorm(width, config.norm_eps, config.norm_weights)
 
 
 def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos and sin of RoPE's angles (Su et al. 2021) at positions (B, T): (2, B, 1, T, D/2)."""
+    """cos and ∓sin of RoPE's angles (Su et al. 2021) at positions (B, T): (2, B, 1, T, D)."""
     D = config.head_dim
     exponents = torch.arange(0, D, 2, device=positions.device).float() / D
     frequencies = 1.0 / config.rope_base**exponents
@@ -514,14 +547,14 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.float()[:, None, :, None] * frequencies
-    turns = torch.stack([angles.cos(), config.rope_sign * angles.sin()])
+    cos, sin = angles.cos(), config.rope_sign * angles.sin()
+    turns = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
     return turns.to(torch.bfloat16 if config.rope_rounded else dtype).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns x (B, H, T, D), as pairs of its first and second half."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -538,9 +571,9 @@ class Attention(nn.Module):
         self.c_k = linear(C, G * D, config.qkv_bias)
         self.c_v = linear(C, G * D, config.qkv_bias)
         self.c_proj = linear(H * D, C)
-        if config.qk_norm:
-            self.q_norm = Norm(config, D)
-            self.k_norm = Norm(config, D)
+        if config.qk_norm == "before":
+            self.q_norm = norm_of(config, D)
+            self.k_norm = norm_of(config, D)
         if config.value_gate and layer % 2 == (config.n_layer - 1) % 2:
             self.ve_gate = Linear(config.value_gate, G)
 
@@ -557,9 +590,10 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if c.qk_norm == "before":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        qk = rotate(torch.cat([q, k], dim=1), *rope)
         if c.qk_norm == "after":
-            q, k = self.q_norm(q), self.k_norm(k)
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=c.norm_eps)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
         scale = c.qk_scale**2 / math.sqrt(c.head_dim)
         y = cache.attend(self.layer, q, k, v, mask, scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -585,8 +619,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.norm_1 = Norm(config, config.n_embd)
-        self.norm_2 = Norm(config, config.n_embd)
+        self.norm_1 = norm_of(config, config.n_embd)
+        self.norm_2 = norm_of(config, config.n_embd)
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -603,15 +637,15 @@ def recomputed(work: Callable, when: bool) -> Callable:
 
 
 class GPT(nn.Module):
-    """A decoder of any family. Weights that learn are float32, those that adapters freeze have the `dtype` in which
-    arithmetic runs; parameter names are nanochat's."""
+    """A decoder of any family, all of whose weights have the type in which its arithmetic runs; parameter names are
+    nanochat's. With adapters nothing else learns."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.dtype = dtype
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
+        self.raw_config = {}                # the checkpoint's own words for the config
         C = config.n_embd
         L = config.n_layer
         rows = config.vocab_rows
@@ -621,7 +655,7 @@ class GPT(nn.Module):
 
         blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.transformer = nn.ModuleDict({"wte": table(C), "h": blocks})
-        self.norm = Norm(config, C)
+        self.norm = norm_of(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
         width = config.n_kv_head * config.head_dim
@@ -635,12 +669,15 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.zeros(1))
             self.backout_lambda = nn.Parameter(torch.zeros(1))
         for name, p in self.named_parameters():
-            if config.lora_rank and "lora_" not in name:
-                p.requires_grad_(False).data = p.data.to(dtype)
+            p.requires_grad_("lora_" in name or not config.lora_rank)
 
     @property
     def device(self) -> torch.device:
         return self.transformer.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.wte.weight.dtype
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
@@ -669,60 +706,75 @@ class GPT(nn.Module):
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
         cache = cache or Cache()
         config = self.config
-        queries, keys = cache.positions(ids)
+        queries, keys = cache.extend(ids)
         rope = rope_of(config, queries, self.dtype)
         windows = config.windows or (2**30,) * config.n_layer
         masks = {window: mask_of(queries, keys, window, self.dtype) for window in set(windows)}
-        x = self.transformer.wte(ids).to(self.dtype)
+        x = self.transformer.wte(ids)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
         previous = cache.previous(x)
         if config.smear:
             gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH]))
-            x = x + self.smear_lambda.to(x.dtype) * gate * previous
+            x = x + self.smear_lambda * gate * previous
         x0 = x
         for i, block in enumerate(self.transformer.h):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = None
             if str(i) in self.value_embeds:
-                value = self.value_embeds[str(i)](ids).to(x.dtype)
+                value = self.value_embeds[str(i)](ids)
             run = recomputed(block, self.recompute)
             x = run(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
         if config.smear:
-            x = x - self.backout_lambda.to(x.dtype) * middle
-        cache.size += ids.size(1)
+            x = x - self.backout_lambda * middle
         return self.norm(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
         table = self.transformer.wte if self.config.tied else self.lm_head
-        logits = F.linear(hidden, table.weight.to(hidden.dtype))
+        logits = product(hidden, table.weight)
         return logits[..., : self.config.vocab_size].float()
 
 
-def empty_model(config: Config, dtype: torch.dtype) -> GPT:
+def empty_model(config: Config) -> GPT:
     """A model without memory for its weights."""
     with torch.device("meta"):
-        return GPT(config, dtype)
+        return GPT(config)
 
 
-def pad(sequences: list[list], device: torch.device) -> Tensor:
-    """Lists of numbers -> (B, T), padded with zeros on the right."""
-    tensors = [torch.tensor(sequence) for sequence in sequences]
+def pad(sequences: list, device: torch.device) -> Tensor:
+    """Lists or arrays of numbers -> (B, T), padded with zeros on the right."""
+    tensors = [torch.as_tensor(sequence) for sequence in sequences]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
 
 def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
     """Runs the prompts, each once."""
     cache = Cache()
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+    lengths = torch.tensor([len(p) for p in prompts], device=model.device, dtype=torch.int32)
     hidden = model(pad(prompts, model.device), cache)
     last = torch.arange(len(prompts), device=model.device), lengths - 1
     kv = torch.stack(list(cache.own.values()))
     return Prefix(lengths, hidden[last], cache.last[last], kv)
+
+
+PREFILL_TOKENS = 2**14
+
+
+def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
+    """`prefix_of`, with so many tokens at once (or one prompt's) that what it takes beside the cache stays small."""
+    c, longest, rest = model.config, max(map(len, prompts)), []
+    shape = c.n_layer, 2, len(prompts), c.n_kv_head, longest, c.head_dim
+    kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    size = max(1, PREFILL_TOKENS // longest)
+    for i in range(0, len(prompts), size):
+        part = prefix_of(model, prompts[i : i + size])
+        kv[:, :, i : i + size, :, : part.kv.size(4)] = part.kv
+        rest.append(part[:3])
+    return Prefix(*map(torch.cat, zip(*rest)), kv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -740,14 +792,14 @@ OPERATORS = {
 
 
 def value_of(node: ast.AST) -> int | float:
-    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError on any other syntax."""
+    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError or LookupError on all else."""
     match node:
-        case ast.Constant(int() | float() as value):
-            return value
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](value_of(left), value_of(right))
-        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](value_of(operand))
+        case ast.Constant(int() | float()):
+            return node.value
+        case ast.BinOp():
+            return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
+        case ast.UnaryOp():
+            return OPERATORS[type(node.op)](value_of(node.operand))
         case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
             return text.count(part)
     raise TypeError(f"not arithmetic: {type(node).__name__}")
@@ -766,7 +818,7 @@ def calculate(expression: str) -> str | None:
             value = value_of(ast.parse(expression, mode="eval").body)
         if not math.isfinite(value):
             return None
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
         return str(value)
@@ -778,8 +830,8 @@ class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
     What every tokenizer has: `vocab_size`, `encode`, `encode_raw`, `decode`, `render`, the `stops` that end the model's
-    turn, all its special tokens (`markers`), the `date` that its chats tell, the `files` that it is saved in, and
-    `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none).
+    turn, the `files` that it is loaded from again, and `call_end`, which closes a call of the calculator that
+    `answer_call` answers (−1: none).
     """
 
     SPECIAL = (
@@ -789,13 +841,9 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
-        special = {name: encoding.encode_single_token(f"<|{name}|>") for name in self.SPECIAL}
-        vars(self).update(special)
-        self.markers = set(special.values())
-        self.date = ""
+        vars(self).update({name: encoding.encode_single_token(f"<|{name}|>") for name in self.SPECIAL})
         self.stops = self.assistant_end, self.bos
         self.call_end = self.python_end
-        self.files = {"tokenizer.pkl": pickle.dumps(encoding)}
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids. What looks like a special token in it is plain text."""
@@ -817,8 +865,7 @@ class Tokenizer:
             messages = [{"role": "user", "content": opening}, *rest]
         ids = [self.bos]
         for message in messages:
-            user = message["role"] == "user"
-            start, end = (self.user_start, self.user_end) if user else (self.assistant_start, self.assistant_end)
+            start, end = (getattr(self, f"{message['role']}_{name}") for name in ("start", "end"))
             ids += [start, *self.encode(message["content"]), end]
         return [*ids, self.assistant_start]
 
@@ -832,86 +879,42 @@ class Tokenizer:
         result = calculate(self.decode(body[borders[-1] + 1 :]))
         return [] if result is None else [self.output_start, *self.encode(result), self.output_end]
 
-
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, around what the assistant says, prints its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def save(self, folder: Path) -> None:
+        write_file(folder / "tokenizer.pkl", pickle.dumps(self.encoding))
 
 
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """The filter `tojson` of transformers' templates."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def refuse(*reason: Any) -> None:
-    raise jinja2.TemplateError(f"it stops at {reason[-1]}")
-
-
-@lru_cache
-def compiled(template: str) -> jinja2.Template:
-    """A chat template, as transformers compiles it. It is a stranger's code: it runs in the sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.unsafe_undefined = refuse   # by jinja's default, what is forbidden is undefined
-    return environment.from_string(template)
-
-
-def read_json(files: dict[str, bytes], name: str) -> dict:
-    """The JSON object in one of the files, {} where it is not there. Raises UserError, naming it, on anything else."""
-    with blaming(f"{name} is no JSON object", "fetch it again"):
-        return dict(json.loads(files.get(name, b"{}")))
-
-
-OTHER_TEMPLATE = "give another by --chat-template FILE"
+FILES = (                                   # of Hugging Face's folders, besides weights: first two with end tokens
+    "generation_config.json config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "chat_template.jinja"
+).split()
 
 
 class ChatTokenizer:
-    """Hugging Face's: a tokenizer.json and a chat template, out of the `files` of a model's folder. Text that spells a
-    special token becomes that token, in messages too."""
+    """Hugging Face's: a tokenizer.json and a chat template. Text that spells a special token becomes that token, in
+    messages too. `files` are as they were read, so that whatever read the folder reads what is saved."""
 
     call_end = -1                           # no calculator
 
-    def __init__(self, files: dict[str, bytes]):
-        """Raises UserError on files that will not do."""
-        self.files = files
-        self.variables = {}                 # of the template
-        self.date = date.today().isoformat()  # what it takes for today
-        with blaming("tokenizer.json is missing or broken", "fetch it again"):
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(files.get("tokenizer.json", b""))
+    def __init__(self, folder: Path, template: str = "", variables: dict | None = None):
+        """A `template` replaces the folder's; `variables` are for either. Raises UserError on files that fail."""
+        from transformers import PreTrainedTokenizerFast  # takes seconds
+
+        self.variables = variables or {}
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+        if template:
+            self.files["chat_template.jinja"] = template.encode()
+        # not AutoTokenizer: for some classes it makes another tokenizer than the one in tokenizer.json
+        mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
+        with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
+            self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            ends = [json.loads(self.files.get(name, "{}")).get("eos_token_id") for name in FILES[:2]]
+        self.chat.chat_template = template or self.chat.chat_template
+        self.tokenizer = self.chat.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
-        self.markers = set(self.tokenizer.get_added_tokens_decoder())
-        settings = read_json(files, "tokenizer_config.json")
-        self.special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, (str, dict))
-        }
-        self.template = settings.get("chat_template")
-        if isinstance(self.template, list):
-            named = {entry["name"]: entry["template"] for entry in self.template}
-            self.template = named.get("default")
-        if "chat_template.jinja" in files:
-            with blaming("chat_template.jinja is no text", OTHER_TEMPLATE):
-                self.template = files["chat_template.jinja"].decode()
-        if not self.template:
-            raise UserError(f"the model has no chat template: {OTHER_TEMPLATE}")
-        ends = [read_json(files, name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-        ends.append(self.tokenizer.token_to_id(self.special.get("eos_token", "")))
-        end = next((end for end in ends if end is not None), [])
-        stops = end if isinstance(end, list) else [end]
-        self.stops = tuple(sorted({*stops, *self.turn_end()}))
+        end = next((end for end in [*ends, self.chat.eos_token_id] if end is not None), [])
+        self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -923,19 +926,13 @@ class ChatTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def render_text(self, messages: list[dict]) -> str:
-        """A chat as the template writes it, up to where the assistant begins to speak unless the last message is the
-        assistant's. Raises UserError where it fails."""
-        known = {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": messages[-1]["role"] != "assistant",
-            "strftime_now": datetime.fromisoformat(self.date).strftime,
-            **self.special,
-            **self.variables,
-            "messages": messages,
-        }
-        with blaming("the chat template fails", OTHER_TEMPLATE):
-            return compiled(self.template).render(known)
+        """A chat as the template, which is a stranger's code and runs in transformers' sandbox, writes it, up to where
+        the assistant begins to speak unless the last message is the assistant's. Raises UserError where it fails."""
+        asked = messages[-1]["role"] != "assistant"
+        with blaming("the chat template fails", "give another by --chat-template FILE"):
+            return self.chat.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asked, **self.variables
+            )
 
     def render(self, messages: list[dict]) -> list[int]:
         return self.encode(self.render_text(messages))
@@ -944,7 +941,11 @@ class ChatTokenizer:
         """The added token that the template writes after what the assistant says, if it does."""
         said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
         after = self.render_text(said).partition("Agreed.")[2].lstrip()
-        return [token for token in self.encode(after)[:1] if token in self.markers]
+        return [token for token in self.encode(after)[:1] if token in self.tokenizer.get_added_tokens_decoder()]
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -973,7 +974,7 @@ class Policy:
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers in [0, 1) (B,) -> tokens (B,),
+        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> tokens (B,),
         their logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
@@ -997,7 +998,7 @@ class Policy:
         return chosen.squeeze(-1) - scores.logsumexp(dim=-1)
 
 
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**26
 
 
 def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list:
@@ -1018,34 +1019,22 @@ def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list
 
 @dataclass
 class Completion:
-    """What was sampled, token by token, with the stop token where there is one."""
+    """What was sampled, token by token (T,), with the stop token where there is one."""
 
-    tokens: list[int]
-    mask: list[bool]                        # False where the calculator forced the token
-    logprobs: list[float]                   # under the policy it was drawn from; 0 where forced
+    tokens: numpy.ndarray                   # int64
+    mask: numpy.ndarray                     # bool: False where the calculator forced the token
+    logprobs: numpy.ndarray                 # float32: under the policy it was drawn from; 0 where forced
     entropy: float = 0.0                    # of that policy, summed over the sampled tokens, in nats
 
 
-def mix(x: Tensor) -> Tensor:
-    """A bijection of int64 that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        shifted = (x >> shift) & (2 ** (64 - shift) - 1)
-        x = (x ^ shifted) * factor
-    return x
+def generator(*counters: int) -> numpy.random.Generator:
+    """Random numbers for every combination of counters, which are not negative."""
+    return numpy.random.default_rng(counters)
 
 
-def fold(*counters: int | Tensor) -> Tensor:
-    """One random int64 for every combination of counters: integers, or int64 tensors that broadcast together."""
-    state = torch.tensor(0)
-    for counter in counters:
-        state = state + (0x9E3779B97F4A7C15 - 2**64)
-        state = mix(state ^ torch.as_tensor(counter))
-    return state
-
-
-def to_uniform(x: Tensor) -> Tensor:
-    """Random int64 -> float32 in [0, 1)."""
-    return ((x >> 40) & (2**24 - 1)).float() / 2**24
+def uniforms(*counters: int, size: int) -> numpy.ndarray:
+    """Random float32 (size,) between 0 and 1, which are neither; the first ones are the same for any size."""
+    return ((generator(*counters).integers(2**23, size=size) + 0.5) / 2**23).astype(numpy.float32)
 
 
 class Transcript:
@@ -1077,81 +1066,63 @@ class Transcript:
 
     def completions(self) -> list[Completion]:
         tokens, logprobs, entropies = self.said
-        columns = tokens.astype(int), self.forced < 0, logprobs, entropies, self.lengths
+        columns = tokens.astype(int), self.forced < 0, logprobs.astype(numpy.float32), entropies, self.lengths
         return [
-            Completion(ids[:n], mask[:n], p[:n], sum(h[:n]))
-            for ids, mask, p, h, n in zip(*(column.tolist() for column in columns))
+            Completion(ids[:n].copy(), mask[:n].copy(), p[:n].copy(), float(h[:n].sum()))
+            for ids, mask, p, h, n in zip(*columns)
         ]
 
 
-class Sampler:
-    """Samples completions from a model, on a copy of its weights with the matrices in the type of the arithmetic; what
-    has that type already is shared with the model."""
+def draw(model: GPT, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
+    """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
+    drawn = in_pieces(model, policy.draw, hidden, uniform)
+    return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.source = model
-        self.tokenizer = tokenizer
-        self.model = empty_model(model.config, model.dtype)
-        state = model.state_dict()
-        matrices = {name: x.to(model.dtype) for name, x in state.items() if x.ndim > 1}
-        self.model.load_state_dict(state | matrices, assign=True)
-        self.model.requires_grad_(False)
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Takes over the model's weights as they are now."""
-        state = self.source.state_dict()
-        for name, mine in self.model.state_dict().items():
-            if mine.data_ptr() != state[name].data_ptr():
-                mine.copy_(state[name])
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    num_samples: int,
+    max_new_tokens: int,
+    policy: Policy,
+    seed: tuple[int, ...] = (0,),
+    keys: list[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Completion]]:
+    """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
 
-    def draw(self, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
-        """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
-        drawn = in_pieces(self.model, policy.draw, hidden, uniform)
-        return torch.cat([torch.stack(part) for part in drawn], dim=1)
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        num_samples: int,
-        max_new_tokens: int,
-        policy: Policy,
-        seed: int = 0,
-        keys: list[int] | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
-
-        Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by
-        their places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced
-        ones included. `progress` is told after each position how many have ended. All prompts run as one batch.
-        Raises ValueError past the model's last position.
-        """
-        longest = max(map(len, prompts)) + max_new_tokens
-        limit = self.model.config.max_positions
-        if longest > limit:
-            raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
-        cache = Cache(prefix_of(self.model, prompts), num_samples, max_new_tokens)
-        hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
-        names = torch.tensor(keys or range(len(prompts)), device=hidden.device).unsqueeze(1)
-        stream = fold(seed, names, torch.arange(num_samples, device=hidden.device)).flatten()
-        rows = numpy.arange(len(hidden))    # those in the cache
-        transcript = Transcript(self.tokenizer, len(rows), max_new_tokens)
-        for t in range(max_new_tokens):
-            drawn = self.draw(hidden, to_uniform(fold(stream, t)), policy)
-            tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
-            if progress:
-                progress(int((transcript.lengths == t + 1).sum()))
-            if not going.any():
-                break
-            if going.sum() <= 0.75 * len(rows):
-                stream = stream.index_select(0, cache.select(going.nonzero()[0]))
-                rows = rows[going]
-                tokens = tokens[going]
-            hidden = self.model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
-        completions = transcript.completions()
-        return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
+    Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
+    places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
+    `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past
+    the model's last position.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    limit = model.config.max_positions
+    if longest > limit:
+        raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
+    cache = Cache(prefill(model, prompts), num_samples)
+    hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
+    names = itertools.product(keys or range(len(prompts)), range(num_samples))
+    stream = numpy.stack([uniforms(*seed, *name, size=max_new_tokens) for name in names])
+    stream = torch.from_numpy(stream).to(model.device)
+    rows = numpy.arange(len(hidden))        # those in the cache
+    transcript = Transcript(tokenizer, len(rows), max_new_tokens)
+    for t in range(max_new_tokens):
+        drawn = draw(model, hidden, stream[:, t], policy)
+        tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
+        if progress:
+            progress(int((transcript.lengths == t + 1).sum()))
+        if not going.any():
+            break
+        if going.sum() <= 0.75 * len(rows):
+            stream = stream.index_select(0, cache.select(going.nonzero()[0]))
+            rows = rows[going]
+            tokens = tokens[going]
+        hidden = model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
+    completions = transcript.completions()
+    return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
 
 def completion_logprobs(
@@ -1170,10 +1141,6 @@ def completion_logprobs(
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-FILES = (                                   # of Hugging Face's folders, besides weights
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "chat_template.jinja"
-).split()
 BLOCK = {
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
@@ -1207,357 +1174,247 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-COPY_AGAIN = "copy it here again"
-DAMAGED = "it is damaged: not what was written"
-
-
-class HashedFile:
-    """A file to write to, and the digest of what was written."""
-
-    def __init__(self, file: Any):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_file(path: Path, content: Any) -> str:
-    """A file of bytes, of tensors (safetensors), or of what a function writes appears whole or not at all: written
-    beside, flushed to disk, renamed. Returns its digest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, dict):
-        content = safetensors.torch.save(content, {"format": "pt"})
-    unfinished = path.with_name(path.name + ".part")
+def flush(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with open(unfinished, "wb") as file:
-            hashed = HashedFile(file)
-            content(hashed) if callable(content) else hashed.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except RuntimeError as error:           # torch's, for what the disk has said
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:     # as some network disks refuse it: the file is there already
+        if error.errno != errno.EINVAL:     # as some network disks refuse it for folders
             raise
     finally:
-        os.close(folder)
-    return hashed.sha256.hexdigest()
+        os.close(descriptor)
 
 
-def read_file(path: Path, digests: dict[str, str]) -> mmap.mmap:
-    """A file's content, to read from. Its digest is checked against that of its name, or else noted there. Raises
-    UserError, naming the file, where it is missing, empty or not as it was written."""
-    with blaming(f"{path} cannot be read", COPY_AGAIN), open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        digest = hashlib.sha256(content).hexdigest()
-        if digests.setdefault(path.name, digest) != digest:
-            raise ValueError(DAMAGED)
-    return content
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that is to appear at `path` whole or not at all: beside it, to be flushed to
+    disk and renamed. Raises OSError, also for what torch and safetensors have heard from the disk."""
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        for written in (part, *part.rglob("*")):
+            flush(written)
+        shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise OSError(one_line(error.__context__ or error)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+    flush(path.parent)
 
 
-def seal(meta: dict) -> str:
-    """The digest of a meta file's own content."""
-    content = {key: value for key, value in meta.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def write_file(path: Path, content: bytes | Callable) -> None:
+    """A file of bytes, or of what a function writes, appears whole or not at all. Raises OSError."""
+    with appearing(path) as part, open(part, "wb") as file:
+        content(file) if callable(content) else file.write(content)
+
+
+def read_state(path: Path) -> dict:
+    """What torch.save wrote, on the CPU, and nothing that runs code. Raises ValueError, among others, on damage, of a
+    bit too, which torch.load would not notice."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError("its checksum is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def checkpoint_steps(directory: str | Path) -> list[int]:
-    """The steps that have both a model and a meta file, ascending."""
-    names = {path.name for path in Path(directory).glob("*")}
-    metas = (re.fullmatch(r"meta_(\d+)\.json", name) for name in names)
-    return sorted(int(meta[1]) for meta in metas if meta and names & {f"model_{meta[1]}.pt", meta[1]})
+    """The steps that a folder has whole, ascending: of nanochat's format a model and a meta file."""
+    folder = Path(directory)
+    steps = [path.parent.name for path in folder.glob("*/config.json")]
+    steps += {path.stem[6:] for path in folder.glob("model_*.pt")} & {path.stem[5:] for path in folder.glob("meta_*")}
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
-def find_checkpoint(directory: Path, step: int | None) -> tuple[Path, int | None]:
-    """Where a checkpoint's weights are, and its step, if only the last: nanochat's model file, or a folder in Hugging
-    Face's format, which is a run's for that step or, of no step, the directory itself. Raises UserError."""
+def find_checkpoint(directory: Path, step: int | None) -> Path:
+    """Where a checkpoint is, by default the last: the model file of nanochat's format, or a folder in Hugging Face's,
+    of a run's step or the directory itself. Raises UserError."""
     if (directory / "config.json").exists():
-        return directory, None
+        return directory
     steps = checkpoint_steps(directory)
     if not steps:
-        raise UserError(f"no checkpoint (model_*.pt with meta_*.json) in {directory}")
-    if step not in (None, *steps):
-        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {', '.join(map(str, steps))}")
+        raise UserError(
+            f"no model in {directory}: give a folder with model_<N>.pt and meta_<N>.json, or with config.json and "
+            "model.safetensors (an adapter has to be merged into its base: PEFT's merge_and_unload)"
+        )
     step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {steps}")
     folder = directory / f"{step:06d}"
-    return folder if folder.is_dir() else directory / f"model_{step:06d}.pt", step
-
-
-def load_meta(path: Path) -> dict:
-    """A meta file. Raises UserError, naming it, where it is damaged or none."""
-    with blaming(f"{path} is no nanochat meta file", COPY_AGAIN):
-        meta = json.loads(path.read_text())
-        meta["model_config"]["vocab_size"]
-        if meta.get("seal", seal(meta)) != seal(meta):
-            raise ValueError(DAMAGED)
-    return meta
-
-
-def find_tokenizer(directory: Path) -> Path:
-    """tokenizer.pkl beside a checkpoint, or two folders up in tokenizer/. Raises UserError where there is none."""
-    beside = directory / "tokenizer.pkl"
-    above = directory.absolute().parent.parent / "tokenizer" / "tokenizer.pkl"
-    for path in (beside, above):
-        if path.exists():
-            return path
-    raise UserError(f"no tokenizer: put the checkpoint's tokenizer.pkl at {beside} or {above}")
+    return folder if folder.is_dir() else directory / f"model_{step:06d}.pt"
 
 
 def detect_generation(state: dict[str, Tensor]) -> str:
     """The generation of nanochat's model that a state dict belongs to, by its keys. Raises ValueError."""
-    gates = [weight.size(1) for key, weight in state.items() if key.endswith("ve_gate.weight")]
-    gate = max(gates, default=0)
-    smear = "smear_gate.weight" in state
-    for name, fields in GENERATIONS.items():
-        if fields.get("value_gate", 0) == gate and fields.get("smear", False) == smear:
+    gate = next((x.size(1) for key, x in state.items() if key.endswith("ve_gate.weight")), 0)
+    fields = gate, "smear_gate.weight" in state
+    for name, known in GENERATIONS.items():
+        if fields == (known.get("value_gate", 0), known.get("smear", False)):
             return name
     raise ValueError(f"value-embedding gates of width {gate} are of no nanochat generation known here")
 
 
-def load_nanochat(path: Path, meta: dict) -> tuple[Config, dict, Tokenizer]:
-    """The architecture, weights and tokenizer of nanochat's model file with that meta."""
-    place = find_tokenizer(path.parent)
-    with blaming(f"{place} is no nanochat tokenizer", COPY_AGAIN):
-        tokenizer = Tokenizer(PlainUnpickler(read_file(place, meta["sha256"])).load())
-    vocab_size = meta["model_config"]["vocab_size"]
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the meta file of {path} says {vocab_size}: put the "
-            f"tokenizer that this model was trained with at {path.parent / 'tokenizer.pkl'}"
-        )
-    state = torch.load(read_file(path, meta["sha256"]), map_location="cpu", weights_only=True)
-    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+COPY_AGAIN = "copy it here again"
+
+
+def load_nanochat(path: Path) -> tuple:
+    """The model_config (a dict), Config, weights (a dict) and Tokenizer of nanochat's model file. The tokenizer's is
+    beside it, or two folders up in tokenizer/."""
+    beside = path.with_name("tokenizer.pkl")
+    above = path.absolute().parent.parent.parent / "tokenizer" / "tokenizer.pkl"
+    place = beside if beside.exists() else above
+    mend = f"put the model's own tokenizer.pkl there, or at {beside}"
+    with blaming(f"{place} is no nanochat tokenizer", mend), open(place, "rb") as file:
+        tokenizer = Tokenizer(PlainUnpickler(file).load())
+    about = path.with_name(path.stem.replace("model", "meta") + ".json")
+    with blaming(f"{about} is no nanochat meta file", COPY_AGAIN):
+        raw = json.loads(about.read_text())["model_config"]
+        known = raw["vocab_size"]
+    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in read_state(path).items()}
     rows = len(state["transformer.wte.weight"])
-    return nanochat_config(detect_generation(state), **meta["model_config"], vocab_rows=rows), state, tokenizer
+    if not tokenizer.vocab_size == known <= rows:
+        raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
+    return raw, nanochat_config(detect_generation(state), **raw, vocab_rows=rows), state, tokenizer
 
 
-def weight_paths(folder: Path) -> list[Path]:
-    """A Hugging Face folder's weights: one file, which transformers too prefers, or the shards of its index."""
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    index = folder / "model.safetensors.index.json"
-    with blaming(f"{folder} has no weights: no {single.name}, and {index.name} is no JSON of shards", "fetch it again"):
-        names = {*json.loads(index.read_bytes())["weight_map"].values()}
-        if not names:
-            raise ValueError("it names none")
-        return [folder / name for name in sorted(map(str, names))]
-
-
-def checkpoint_files(directory: Path, step: int | None) -> list[Path]:
-    """The files that make a checkpoint what it is, wherever it lies: the model's and the tokenizer's."""
-    path, _ = find_checkpoint(directory, step)
-    if path.is_dir():
-        return [path / name for name in FILES if (path / name).exists()] + weight_paths(path)
-    return [path, find_tokenizer(directory)]
-
-
-def load_huggingface(folder: Path, meta: dict, template: str | None = None) -> tuple[Config, dict, ChatTokenizer]:
-    """A Hugging Face folder's architecture, weights under GPT's names (one that no family has stays under its own,
-    quoted) and tokenizer; the meta is told the files' digests and the config.json."""
-    digests = meta["sha256"]
-    there = [name for name in FILES if (folder / name).exists()]
-    files = {name: read_file(folder / name, digests)[:] for name in there}
-    if template is not None:
-        files["chat_template.jinja"] = template.encode()
-    try:
-        tokenizer = ChatTokenizer(files)
-        meta["model_config"] = read_json(files, "config.json")
-        config = huggingface_config(meta["model_config"], tokenizer.vocab_size)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    check_memory(config)
+def load_huggingface(folder: Path, template: str, variables: dict | None) -> tuple:
+    """A Hugging Face folder's config.json (a dict), Config, weights under GPT's names (a dict; what no family has stays
+    under its own, quoted) and ChatTokenizer."""
+    tokenizer = ChatTokenizer(folder, template, variables)
+    raw = json.loads(tokenizer.files["config.json"])
+    config = huggingface_config(raw, tokenizer.vocab_size)
     names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
+    files = {"model.safetensors"}           # which transformers too prefers
+    if not (folder / "model.safetensors").exists():
+        files = {*json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()}
     state = {}
-    for path in weight_paths(folder):
-        with blaming(f"{path} cannot be read", "fetch it again"):
-            tensors = safetensors.torch.load(read_file(path, digests)[:])
+    for file in sorted(files):
+        with blaming(f"{folder / file} cannot be read", COPY_AGAIN):
+            tensors = safetensors.torch.load_file(folder / file)
         state |= {
             names.get(name, repr(name)): tensor
             for name, tensor in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")  # of old folders: it follows from the config
         }
-    if config.tied and "lm_head.weight" in state:
-        head = state.pop("lm_head.weight")
-        if not torch.equal(head, state.get("transformer.wte.weight", head)):
-            raise UserError(
-                f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
-                "tie_word_embeddings: set that to false if the file's lm_head is meant"
-            )
-    return config, state, tokenizer
-
-
-def check_memory(config: Config) -> None:
-    """Raises UserError where the weights alone, in bfloat16, are more than the machine's memory."""
-    model = empty_model(config, torch.float32)
-    needed = 2 * sum(p.numel() for p in model.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    table = state["transformer.wte.weight"]
+    if config.tied and not torch.equal(table, state.pop("lm_head.weight", table)):
         raise UserError(
-            f"the weights need {needed / 1e9:,.0f} GB of memory, and this machine has {there / 1e9:,.0f}: take a "
-            "smaller model"
+            f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says tie_word_embeddings: set "
+            "that to false if the file's lm_head is meant"
         )
+    return raw, config, state, tokenizer
 
 
-def build(config: Config, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> GPT:
-    """The model that a state dict belongs to, and new adapters. Raises RuntimeError or ValueError, naming the key, on
-    one that is none of the config's."""
-    if config.vocab_rows < config.vocab_size:
-        raise ValueError(f"transformer.wte.weight has {config.vocab_rows} rows for {config.vocab_size} tokens")
-    model = empty_model(config, dtype)
-    expected = model.state_dict()
-    weights = {}
+def build(config: Config, state: dict[str, Tensor]) -> GPT:
+    """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
+    naming the key, on one that is none of the config's."""
+    model = empty_model(config)
+    model.stored_types = {key: x.dtype for key, x in state.items()}
     generator = torch.Generator().manual_seed(42)
-    for key, x in expected.items():         # adapters that do nothing yet
+    adapters = {key: torch.zeros(x.shape) for key, x in model.state_dict().items() if "lora_" in key}
+    for key, x in adapters.items():
         if key.endswith("lora_a"):
-            noise = torch.randn(x.shape, generator=generator)
-            weights[key] = (noise / math.sqrt(x.size(1))).to(device)
-        if key.endswith("lora_b"):
-            weights[key] = torch.zeros(x.shape, device=device)
-    for key, tensor in state.items():
-        if "lora_" in key or key not in expected:
-            raise ValueError(f"unknown key {key}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key} is {tensor.dtype}, not floating point")
-        weights[key] = tensor.to(device, expected[key].dtype)
-        model.stored_types[key] = tensor.dtype
-    model.load_state_dict(weights, assign=True)
+            x.normal_(std=x.size(1) ** -0.5, generator=generator)
+    model.load_state_dict({**adapters, **state}, assign=True)
     return model
 
 
 def load_checkpoint(
     directory: str | Path,
     step: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
     lora_rank: int = 0,
-    template: str | None = None,
-) -> tuple[GPT, Any, dict]:
-    """Loads a model, its tokenizer and its meta: from a nanochat folder (a step of it, or the last complete one),
-    from one in Hugging Face's format, or from a run's that holds such folders. The meta tells the files' digests in
-    `sha256`. Arithmetic will run in `dtype`; a `template` replaces the chat template. Raises UserError, naming the
-    file, on whatever is missing, broken or foreign."""
-    path, step = find_checkpoint(Path(directory), step)
-    meta = {} if step is None else load_meta(Path(directory, f"meta_{step:06d}.json"))
-    meta.setdefault("sha256", {})
-    with blaming(f"{path} cannot be loaded", f"{COPY_AGAIN}, or take a model of an architecture known here"):
-        if path.is_dir():
-            config, state, tokenizer = load_huggingface(path, meta, template)
-        else:
-            config, state, tokenizer = load_nanochat(path, meta)
-        return build(replace(config, lora_rank=lora_rank), state, device, dtype), tokenizer, meta
+    template: str = "",
+    variables: dict | None = None,
+) -> tuple[GPT, Any]:
+    """Loads a model, on the CPU and in the types that it has on disk, and its tokenizer: from a nanochat folder (a step
+    of it, or the last complete one), from one in Hugging Face's format, or from a run's that holds such folders. A
+    `template` replaces the chat template, which is given the `variables`. Raises UserError, naming the file, on
+    whatever is missing, broken or foreign."""
+    path = find_checkpoint(Path(directory), step)
+    mend = f"{COPY_AGAIN}, or take a model of an architecture known here (nanochat's as model_<N>.pt)"
+    with blaming(f"{path} cannot be loaded", mend):
+        of_hub = path.is_dir()
+        raw, config, state, tokenizer = load_huggingface(path, template, variables) if of_hub else load_nanochat(path)
+        model = build(replace(config, lora_rank=lora_rank), state)
+    model.raw_config = raw
+    return model, tokenizer
 
 
 @torch.no_grad()
-def saved_weights(model: GPT) -> dict[str, Tensor]:
-    """The weights as they are to be saved: in the types that they were loaded with, adapters merged."""
-    learned, state = model.state_dict(), {}
-    for key, x in learned.items():
+def merge(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a state dict as they are to be saved: in the types that they were loaded with, with the adapters
+    in them."""
+    weights = {}
+    for key, x in state.items():
         module, _, kind = key.rpartition(".")
-        if "lora_" in kind:
-            continue
-        if kind == "weight" and module + ".lora_a" in learned:
-            x = model.get_submodule(module).merged()
-        # a copy: a view would be written with all that it is a view of
-        state[key] = x.to("cpu", model.stored_types.get(key), copy=True)
-    return state
+        if kind == "weight" and f"{module}.lora_a" in state:
+            a, b = (state[f"{module}.{name}"].cpu().float() for name in ("lora_a", "lora_b"))
+            x = x.cpu().float() + model.get_submodule(module).scale * b @ a
+        if "lora_" not in kind:             # a copy: a view would be written with all that it is a view of
+            weights[key] = x.to("cpu", model.stored_types.get(key), copy=True)
+    return weights
 
 
-def weight_files(state: dict[str, Tensor], config: Config, limit: int = 5 * 10**9) -> dict:
-    """A model folder's weights, in the types that they have in `state`: one file, or shards of at most `limit`
-    bytes (or of one tensor) and their index."""
-    names = huggingface_names(config.n_layer)
-    tensors = {names[key]: x for key, x in state.items()}
-    split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
-    files = {
-        file: {name: tensors[name] for name in members}
-        for file, members in split.filename_to_tensors.items()
-    }
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        files["model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
-    return files
-
-
-def adapter_files(model: GPT, base: str) -> dict:
-    """PEFT's folder of the model's adapters, to a model that is found at `base`."""
-    names = huggingface_names(model.config.n_layer)
-    state = model.state_dict().items()
-    tensors = {f"base_model.model.{names[key]}": x.cpu() for key, x in state if "lora_" in key}
+def save_adapter(folder: Path, rank: int, tensors: dict[str, Tensor], base: str) -> None:
+    """PEFT's folder of adapters, under its names, to a model that is found at `base`."""
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": model.config.lora_rank,
+        "r": rank,
         "lora_alpha": LORA_ALPHA,
         "target_modules": sorted({name.split(".")[-3] for name in tensors}),
     }
-    config = json.dumps(settings, indent=2).encode()
-    return {"adapter/adapter_config.json": config, "adapter/adapter_model.safetensors": tensors}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def save_checkpoint(
-    directory: str | Path, step: int, model: GPT, tokenizer: Any, meta: dict, training: dict | None = None
+    directory: str | Path, step: int, model: GPT, state: dict[str, Tensor], tokenizer: Any, source: str = ""
 ) -> None:
-    """Writes a checkpoint in the format that its tokenizer came in: nanochat's tokenizer.pkl and model_<step>.pt,
-    or Hugging Face's folder <step>; then meta_<step>.json with their digests: it is there. Then optim_<step>.pt
-    where `training` is given (what a run needs to go on), and the meta again: a run can go on from it. Tensors have
-    the types that they were loaded with, those that adapters froze after rounding to the arithmetic's; an adapter's
-    base is the path of the meta's `source`. Raises OSError, leaving earlier checkpoints as they were."""
-    meta = {**meta, "step": step, "sha256": {}}
-    state = saved_weights(model)
-    contents = {**tokenizer.files, f"model_{step:06d}.pt": partial(torch.save, state)}
-    if isinstance(tokenizer, ChatTokenizer):
-        contents = {**tokenizer.files, **weight_files(state, model.config)}
+    """Writes a checkpoint of the weights in `state`, which has GPT's names and may be of other types than the model, in
+    the format that its tokenizer came in: nanochat's tokenizer.pkl, model_<step>.pt and last meta_<step>.json, or
+    Hugging Face's folder <step>, in it PEFT's of the adapters to the model at `source`. Tensors have the types that
+    they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
+    folder = Path(directory)
+    weights = merge(model, state)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(folder)
+        write_file(folder / f"model_{step:06d}.pt", partial(torch.save, weights))
+        meta = {"step": step, "model_config": model.raw_config}
+        write_file(folder / f"meta_{step:06d}.json", json.dumps(meta, indent=2).encode())
+        return
+    names = huggingface_names(model.config.n_layer)
+    with appearing(folder / f"{step:06d}") as part:
+        part.mkdir()
+        tokenizer.save(part)
+        huggingface_hub.save_torch_state_dict({names[key]: x for key, x in weights.items()}, part)
         if model.config.lora_rank:
-            contents |= adapter_files(model, meta.get("source", {}).get("path", ""))
-        contents = {f"{step:06d}/{name}": content for name, content in contents.items()}
-    stages = [contents]
-    if training is not None:
-        stages.append({f"optim_{step:06d}.pt": partial(torch.save, training)})
-    for stage in stages:
-        for name, content in stage.items():
-            path = Path(directory, name)
-            meta["sha256"][path.name] = write_file(path, content)
-        meta["seal"] = seal(meta)
-        text = json.dumps(meta, indent=2).encode()
-        write_file(Path(directory, f"meta_{step:06d}.json"), text)
+            adapters = {f"base_model.model.{names[key]}": x.cpu().clone() for key, x in state.items() if "lora_" in key}
+            save_adapter(part / "adapter", model.config.lora_rank, adapters, source)
 
 
-def load_training(directory: Path, meta: dict, device: torch.device) -> dict:
-    """What a run needs to go on from a checkpoint. Raises UserError where it is missing or damaged."""
-    path = directory / f"optim_{meta['step']:06d}.pt"
-    if "seal" not in meta:
-        raise UserError(f"the meta file of {path} is damaged: it has no seal")
-    if path.name not in meta["sha256"]:
-        raise UserError(f"{path} was not written to its end")
-    with blaming(f"{path} cannot be loaded", COPY_AGAIN):
-        return torch.load(read_file(path, meta["sha256"]), map_location=device, weights_only=True)
-
-
-def find_hub_folder(name: str) -> Path:
-    """The cached folder of a model on the hub, fetched if need be. Raises UserError where it is neither there nor
-    can be fetched, or is there in part."""
+def find_folder(place: str) -> Path:
+    """The folder of that path, or of a model on the hub: its cached one, fetched if need be. Raises UserError where it
+    is neither there nor can be fetched, or is there in part."""
+    if Path(place).is_dir():
+        return Path(place)
     wanted = [*FILES, "*.safetensors", "*.index.json"]
-    with blaming(f"{name} is no folder and cannot be had from the hub", "go online, or give a folder to --model-tag"):
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    mend = "go online (and `hf auth login`, where the model asks for it), or give a folder to --model-tag"
+    with blaming(f"{place} is no folder and cannot be had from the hub", mend):
+        folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
         for path in folder.iterdir():
             path.stat()                     # of what is cached in part some links lead nowhere
     return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizers
+# The learner: weights over ranks, optimizers
 
 # Quintic polynomials that take singular values to 1, fastest in the worst case (Polar Express, Amsel et al. 2025, arXiv
 # 2505.16932), with the paper's safety factor of 1.01, here and on the norm in `orthogonalize`.
@@ -1586,93 +1443,230 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): Nesterov momentum 0.95, update scaled by √max(1, rows / columns).
-    All matrices of one shape are a parameter group and run as one batch."""
+def muon(p: Tensor, gradient: Tensor, average: Tensor, lr: float) -> None:
+    """A step of Muon (Jordan et al. 2024) for matrices (n, rows, columns): Nesterov momentum 0.95, orthogonalised,
+    times √max(1, rows / columns)."""
+    average.lerp_(gradient, 0.05)
+    update = orthogonalize(gradient.lerp(average, 0.95))
+    p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(1) / p.size(2))))
 
-    def __init__(self, params: list[nn.Parameter], lr: float):
-        shapes = {}
-        for p in params:
-            shapes.setdefault(p.shape, []).append(p)
-        groups = [{"params": group} for group in shapes.values()]
-        super().__init__(groups, {"lr": lr, "momentum": 0.95})
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates, and the weight decay of the embedding and the unembedding."""
+
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How parameters learn: with Muon, matrices of one shape; else with AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    shape: torch.Size = torch.Size()        # of Muon's matrices
+
+
+def recipe_of(name: str, shape: torch.Size, config: Config, rates: Rates) -> Recipe:
+    """nanochat's models learn as nanochat has it, the matrices of their blocks with Muon unless these are adapters;
+    others with AdamW throughout, norms and biases at the embedding's rate."""
+    nanochat = not config.norm_weights
+    scale = (config.n_embd / 768) ** -0.5 if nanochat else 1.0
+    embedding = rates.embedding_lr * scale
+    matrix = len(shape) == 2 and name.startswith("transformer.h")
+    recipes = {                             # the rate, betas and weight decay of names that begin like this
+        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96), rates.weight_decay),
+        "transformer.wte": (embedding, (0.8, 0.995), rates.weight_decay),
+        "value_embeds": (embedding / 2, (0.8, 0.995), 0.0),
+        "resid_lambdas": (0.005, (0.8, 0.95), 0.0),
+        "x0_lambdas": (0.5, (0.96, 0.95), 0.0),
+        "": (0.2 if nanochat else embedding, (0.8, 0.95), 0.0),  # smear and backout; norms and biases
+    }
+    lr, betas, decay = next(value for prefix, value in recipes.items() if name.startswith(prefix))
+    lr, betas = (rates.matrix_lr, (0.9, 0.95)) if matrix else (lr, betas)
+    if not nanochat:
+        return Recipe(lr, (0.9, 0.95), 1e-8, decay)
+    return Recipe(lr, betas, 1e-10, decay, shape if matrix and not config.lora_rank else torch.Size())
+
+
+class Segment(NamedTuple):
+    """A stretch of the vectors of a Learner, all of whose parameters learn alike."""
+
+    recipe: Recipe
+    start: int
+    stop: int
+    atom: int                               # elements that stay together: a matrix of Muon's, or 64
+
+
+def cuts_of(segments: list[Segment], num_ranks: int) -> list[int]:
+    """Where the shares of so many ranks begin and end, which take as much state but for half an atom."""
+    costs = [(segment.stop - segment.start) * (2 if segment.recipe.shape else 3) for segment in segments]
+    cuts = [0]
+    for rank in range(1, num_ranks):
+        aim = sum(costs) * rank / num_ranks
+        for (_, start, stop, atom), cost in zip(segments, costs):
+            if 0 <= aim < cost:
+                cuts.append(start + round(aim / cost * (stop - start) / atom) * atom)
+            aim -= cost
+    return [*cuts, segments[-1].stop]
+
+
+class Learner:
+    """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
+    al. 2020).
+
+    The parameters that learn are views of one vector of weights, in the type of the arithmetic; those that learn alike
+    lie together, each at a multiple of 64 elements. Gradients are added up in a float32 vector alike. Each rank owns a
+    share of both, and has its `state`: float32 masters, which in float32 are the weights, and the optimizers' averages.
+    """
+
+    def __init__(self, source: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Rates = Rates()):
+        """From rank 0's model on a CPU, whose weights may have any types."""
+        self.ranks = ranks
+        self.steps = 0
+        self.model = empty_model(ranks.share(source and source.config)).to(dtype)
+        self.lay_out(rates)
+        self.weights = torch.zeros(self.cuts[-1], dtype=dtype, device=ranks.device)
+        self.gradient = torch.zeros(self.cuts[-1], device=ranks.device)
+        self.state = {name: torch.zeros_like(self.gradient[self.share_of(ranks.rank, name)]) for name in self.ends}
+        if dtype == torch.float32:
+            self.state["masters"] = self.weights[self.mine]
+        self.take_over(source)
+
+    def lay_out(self, rates: Rates) -> None:
+        """Gives each parameter that learns its place, and each rank its share."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
+        members = {}                        # recipe -> names
+        for name, shape in shapes.items():
+            members.setdefault(recipe_of(name, shape, self.model.config, rates), []).append(name)
+        self.places, self.segments, end = {}, [], 0  # name -> (start, shape)
+        for recipe, names in sorted(members.items(), key=lambda item: len(item[0].shape)):  # AdamW's before Muon's
+            start = end
+            for name in names:
+                self.places[name] = end, shapes[name]
+                end += rounded_up(shapes[name].numel(), 64)
+            atom = (end - start) // len(names) if recipe.shape else 64
+            self.segments.append(Segment(recipe, start, end, atom))
+        squared = [segment.stop for segment in self.segments if not segment.recipe.shape]
+        self.ends = {"masters": end, "exp_avg": end, "exp_avg_sq": max(squared, default=0)}
+        self.cuts = cuts_of(self.segments, self.ranks.size)
+        self.mine = self.share_of(self.ranks.rank)
+
+    def share_of(self, rank: int, of: str = "masters") -> slice:
+        """A rank's share of the vectors of that name; Muon needs no squares."""
+        return slice(*(min(cut, self.ends[of]) for cut in self.cuts[rank : rank + 2]))
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """The parameters that lie in a vector like that of the weights."""
+        return {name: vector[i : i + shape.numel()].view(shape) for name, (i, shape) in self.places.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            gradient = torch.stack([p.grad for p in group["params"]])
-            state = self.state[group["params"][0]]
-            if not state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 1 - group["momentum"])
-            update = orthogonalize(gradient.lerp(average, group["momentum"]))
-            rows, columns = gradient.shape[1:]
-            rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            for p, u in zip(group["params"], update):
-                p.sub_(u, alpha=rate)
+    def take_over(self, source: GPT | None) -> None:
+        """Makes the model's parameters views of the vectors, with the weights of rank 0's model."""
+        theirs = dict(source.named_parameters()) if source else {}
+        parameters = self.named(self.weights)
+        for name, p in self.model.named_parameters():
+            if name not in parameters:      # the base of adapters
+                x = theirs[name].data if source else torch.empty_like(p, device="cpu")
+                parameters[name] = x.to(self.ranks.device, p.dtype)
+                self.ranks.broadcast(parameters[name])
+        self.model.load_state_dict(parameters, assign=True)
+        for name, gradient in self.named(self.gradient).items():
+            p = self.model.get_parameter(name)
+            p.grad_dtype = torch.float32
+            p.grad = gradient
+        masters = torch.zeros(self.cuts[-1]) if source else None
+        if source:
+            vars(self.model).update(stored_types=source.stored_types, raw_config=source.raw_config)
+            for name, x in self.named(masters).items():
+                x.copy_(theirs[name])
+        self.scatter(masters, "masters")
+        self.publish()
 
+    @torch.no_grad()
+    def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
+        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its share, at this
+        fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
+        not finite no step is made."""
+        for rank in range(self.ranks.size):
+            self.ranks.reduce(self.gradient[self.share_of(rank)], rank)
+        gradient = self.gradient[self.mine].div_(num_tokens)
+        norm = math.hypot(*self.ranks.all_gather(gradient.norm().item()))
+        if clip and norm > clip:
+            gradient.mul_(clip / norm)
+        if math.isfinite(norm):
+            self.steps += 1
+            for segment in self.segments:
+                self.step(segment, fraction)
+            self.publish()
+        return norm
 
-def make_optimizers(
-    model: GPT,
-    embedding_lr: float = 0.2,
-    unembedding_lr: float = 0.004,
-    matrix_lr: float = 0.02,
-    weight_decay: float = 0.0,
-    matrix_optimizer: str = "muon",
-) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for tables and scalars, Muon or AdamW for the matrices of the blocks and
-    their adapters: for nanochat's models in its groups, at its rates; for others at the rates given, those of the
-    embedding for norms and biases. The weight decay is that of the embedding and the unembedding."""
-    nanochat = not model.config.norm_weights
-    scale = (model.config.n_embd / 768) ** -0.5 if nanochat else 1.0
+    def step(self, segment: Segment, fraction: float) -> None:
+        """Steps this rank's part of a segment."""
+        recipe = segment.recipe
+        start = max(segment.start, self.mine.start)
+        stop = min(segment.stop, self.mine.stop)
+        if start >= stop:
+            return
+        inside = slice(start - self.mine.start, stop - self.mine.start)
+        p, average, squares = (x[inside] for x in self.state.values())
+        gradient = self.gradient[start:stop]
+        if recipe.shape:
+            rows = (x.view(-1, segment.atom)[:, : recipe.shape.numel()] for x in (p, gradient, average))
+            return muon(*(x.unflatten(1, recipe.shape) for x in rows), recipe.lr * fraction)
+        steps = torch.tensor(float(self.steps), device=p.device)
+        adamw(
+            [p], [gradient], [average], [squares], [], [steps - 1],
+            lr=recipe.lr * fraction,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            amsgrad=False,
+            maximize=False,
+            fused=p.is_cuda,
+        )
 
-    def group(lr: float, *betas: float, decay: float = 0.0) -> dict:
-        return {"params": [], "lr": lr, "betas": betas if nanochat else (0.9, 0.95), "weight_decay": decay}
+    def publish(self) -> None:
+        """Rounds this rank's masters to weights, and sends all ranks' weights round."""
+        self.weights[self.mine].copy_(self.state["masters"])
+        for rank in range(self.ranks.size):
+            self.ranks.broadcast(self.weights[self.share_of(rank)], rank)
 
-    groups = {
-        "lm_head": group(unembedding_lr * scale, 0.8, 0.96, decay=weight_decay),
-        "transformer.wte": group(embedding_lr * scale, 0.8, 0.995, decay=weight_decay),
-        "value_embeds": group(embedding_lr * scale / 2, 0.8, 0.995),
-        "resid_lambdas": group(0.005, 0.8, 0.95),
-        "x0_lambdas": group(0.5, 0.96, 0.95),
-        "transformer.h": group(matrix_lr, 0.9, 0.95),
-        "": group(0.2 if nanochat else embedding_lr, 0.8, 0.95),  # smear, backout, the last norm
-    }
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            key = next(prefix for prefix in groups if name.startswith(prefix))
-            groups["" if key == "transformer.h" and p.ndim < 2 else key]["params"].append(p)
-    matrices = groups.pop("transformer.h")["params"] if matrix_optimizer == "muon" else []
-    adamw = [group for group in groups.values() if group["params"]]
-    optimizers = [torch.optim.AdamW(adamw, eps=1e-10 if nanochat else 1e-8)] if adamw else []
-    return optimizers + ([Muon(matrices, matrix_lr)] if matrices else [])
+    def gather(self, name: str) -> Tensor | None:
+        """All ranks' shares of a vector of the state, one after another into one in rank 0's host memory."""
+        me, share = self.ranks.rank, self.state[name]
+        whole = torch.empty(self.ends[name]) if me == 0 else None
+        for rank in range(self.ranks.size) if me == 0 else {me}:
+            part = self.share_of(rank, name)
+            x = share if rank == me else share.new_empty(part.stop - part.start)
+            self.ranks.move(x, rank, 0)
+            if whole is not None:
+                whole[part] = x
+        return whole
 
+    def scatter(self, whole: Tensor | None, name: str) -> None:
+        """Gives each rank its share of a vector in rank 0's host memory, one after another."""
+        me, share = self.ranks.rank, self.state[name]
+        for rank in range(self.ranks.size) if me == 0 else {me}:
+            part = self.share_of(rank, name)
+            x = share if rank == me else share.new_empty(part.stop - part.start)
+            if whole is not None:
+                x.copy_(whole[part])
+            self.ranks.move(x, 0, rank)
 
-def flatten(model: GPT) -> tuple[Tensor, Tensor]:
-    """Moves the parameters into one vector, of which they become views, and gives them gradients that are views of
-    another. Returns both: ranks add up the one and send round the other in one call."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    weights = nn.utils.parameters_to_vector(params).detach()
-    nn.utils.vector_to_parameters(weights, params)
-    gradient = torch.zeros_like(weights)
-    pieces = gradient.split([p.numel() for p in params])
-    for p, piece in zip(params, pieces):
-        p.grad = piece.view_as(p)
-    return weights, gradient
+    def save_state(self) -> dict:
+        """On rank 0 what a run goes on from: the number of updates, and vectors of float32 masters and averages."""
+        return {"updates": self.steps, **{name: self.gather(name) for name in self.state}}
 
-
-def step_optimizers(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
-    """One step of each, at this fraction of the learning rates that they were made with."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("full_lr", group["lr"]) * fraction
-        optimizer.step()
-
-
-def share_model(model: GPT | None, ranks: Ranks) -> GPT:
-    """Rank 0's model on every rank."""
-    config, dtype = ranks.share(model and (model.config, model.dtype))
-    model = model or empty_model(config, dtype).to_empty(device=ranks.device)
-    for p in model.parameters():
-        ranks.broadcast(p.data)
-    return model
+    def load_state(self, state: dict) -> None:
+        """Takes up rank 0's, which another number of ranks may have saved."""
+        self.steps = self.ranks.share(state.get("updates"))
+        for name in self.state:
+            self.scatter(state.get(name), name)
+        self.publish()

@@ -39,12 +39,12 @@ def seconds(work: Callable, repeat: int = 3) -> float:
 
 def make_model(config: gpt.Config, device: torch.device, dtype: torch.dtype) -> gpt.GPT:
     """A model that can sample any token at any place."""
-    model = gpt.GPT(config, dtype=dtype).init_weights(0)
+    model = gpt.GPT(config).init_weights(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "c_proj" in name or "lm_head" in name:
                 p.normal_(std=0.02)
-    return model.to(device)
+    return model.to(device, dtype)
 
 
 def nanochat_shape(depth: int, width: int) -> gpt.Config:
@@ -68,7 +68,7 @@ def plain_rollout(model: gpt.GPT, prompts: list[list[int]], rows: int = 8) -> No
         for _ in range(0, N, rows):
             prefix = gpt.prefix_of(model, [prompt])
             model.unembed(prefix.hidden.new_zeros(1, len(prompt), model.config.n_embd))
-            cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1, NEW)
+            cache = gpt.Cache(prefix.rows(torch.zeros(rows, dtype=torch.int64, device=device)), 1)
             logits = model.unembed(prefix.hidden).expand(rows, -1)
             for _ in range(NEW):
                 values, ids = logits.topk(50)
@@ -86,8 +86,8 @@ def matmul_flops(model: gpt.GPT) -> int:
 def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer = make_model(nanochat_shape(depth, width), device, dtype), endless_tokenizer()
     generator, policy = torch.Generator().manual_seed(0), gpt.Policy(1.0, 50, model.config.softcap)
-    weights, gradient = gpt.flatten(model)
-    sampler = gpt.Sampler(model, tokenizer)
+    learner = gpt.Learner(model, gpt.Ranks(device), dtype)
+    model, weights = learner.model, learner.weights
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048
     big = torch.randn(size, size, device=device, dtype=dtype)
@@ -97,7 +97,7 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
           f"GFLOP/s, a large copy at {copy / 1e9:,.1f} GB/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
-        return sampler.generate(prompts, samples, new, policy, seed=1)
+        return gpt.generate(model, tokenizer, prompts, samples, new, policy)
 
     tokens, element = P * N * NEW, torch.finfo(dtype).bits // 8
     kv = 2 * depth * width * element                                # bytes of a position
@@ -109,14 +109,14 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
           f"plain {plain:7,.0f} (x{rate / plain:.1f})")
 
-    groups = [chat_rl.Group(None, prompt, completions, advantages=torch.randn(N, generator=generator).tolist())
-              for prompt, completions in zip(prompts, rollout())]
-    optimizers, bound = gpt.make_optimizers(model), peak / matmul_flops(model) / 3
-    update = seconds(lambda: chat_rl.backward(model, groups, policy, 8), 1)
-    step = seconds(lambda: gpt.step_optimizers(optimizers, 1e-6))
+    groups = [chat_rl.Group(chat_rl.Example(i, "", prompt, "", [], ""), completions,
+                            advantages=torch.randn(N, generator=generator).tolist())
+              for i, (prompt, completions) in enumerate(zip(prompts, rollout()))]
+    bound = peak / matmul_flops(model) / 3
+    update = seconds(lambda: chat_rl.backward(model, groups, policy, chat_rl.Flags()), 1)
+    step = seconds(lambda: learner.update(tokens, 1e-6))
     print(f"  update    {tokens / update:9,.0f} tok/s   bound {bound:9,.0f} ({tokens / update / bound:.0%})   "
           f"optimizers {step / (tokens / rate + update + step):.1%} of a step")
-    gradient.zero_()
 
     print("  samples per question  " + "".join(f"{n:9d}" for n in (4, 8, 16, 32)))
     times = [seconds(lambda: rollout(n, 32), 1) for n in (4, 8, 16, 32)]
@@ -124,13 +124,13 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv / 2 ** 20:.0f} MiB for P·Lp + B·T positions; "
           f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv / 2 ** 20:.0f} MiB")
     for name, halves in (("no row stops", False), ("half of the rows stop every 8 tokens", True)):
-        print(f"  {name:37} {seconds(lambda: stopping_rollout(sampler, prompts, policy, halves), 1):9.2f} s")
+        print(f"  {name:37} {seconds(lambda: stopping_rollout(model, tokenizer, prompts, policy, halves), 1):9.2f} s")
 
 
-def stopping_rollout(sampler: gpt.Sampler, prompts: list[list[int]], policy: gpt.Policy, halves: bool) -> None:
+def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, policy: gpt.Policy, halves: bool) -> None:
     """A rollout whose rows stop at scripted places: `draw` is told which."""
-    draw, count = sampler.draw, [0]
-    sampler.tokenizer.stops = (VOCAB - 1,)
+    draw, count = gpt.draw, [0]
+    tokenizer.stops = (VOCAB - 1,)
 
     def scripted(*args) -> torch.Tensor:
         drawn = draw(*args)
@@ -140,11 +140,11 @@ def stopping_rollout(sampler: gpt.Sampler, prompts: list[list[int]], policy: gpt
             drawn[0, ::2] = VOCAB - 1
         return drawn
 
-    sampler.draw = scripted
+    gpt.draw = scripted
     try:
-        sampler.generate(prompts, N, NEW, policy)
+        gpt.generate(model, tokenizer, prompts, N, NEW, policy)
     finally:
-        sampler.draw, sampler.tokenizer.stops = draw, ()
+        gpt.draw, tokenizer.stops = draw, ()
 
 
 def against_transformers(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -158,13 +158,12 @@ def against_transformers(depth: int, width: int, device: torch.device, dtype: to
     theirs = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
     names = {name: ours for ours, name in gpt.huggingface_names(depth).items()}
     state = {names[name]: x for name, x in theirs.state_dict().items()}
-    mine = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state, device, dtype)
-    sampler, policy = gpt.Sampler(mine, endless_tokenizer()), gpt.Policy(1.0, 50)
+    mine, policy = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state), gpt.Policy(1.0, 50)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = prompts.repeat_interleave(N, dim=0).to(device)
     settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)
     other = seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings), 1)
-    own = seconds(lambda: sampler.generate(prompts.tolist(), N, NEW, policy), 1)
+    own = seconds(lambda: gpt.generate(mine, endless_tokenizer(), prompts.tolist(), N, NEW, policy), 1)
     tokens = P * N * NEW
     print(f"{depth} layers, {width} wide: {tokens / own:,.0f} tok/s, transformers.generate {tokens / other:,.0f} (x{other / own:.1f})")
 

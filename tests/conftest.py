@@ -1,7 +1,6 @@
 """What the tests share: tiny real checkpoints, and real processes to run them in."""
 import atexit
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], True)
 
 import matplotlib.figure  # noqa: E402
 import matplotlib.image  # noqa: E402
+import numpy  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from fork import Fork  # noqa: E402
@@ -65,6 +65,26 @@ def tiny_model(generation: str = "current", seed: int = 0) -> gpt.GPT:
     return model
 
 
+PROMPT_LENGTHS = 3, 70, 21          # about the windows of tiny_model, 16 and 48: within both, past both, between
+
+
+def random_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def scripted_model(successors: dict[int, list[int]], default: int) -> gpt.GPT:
+    """A GPT whose every token is followed by one of its successors, all as likely, or else by `default`."""
+    shape = dict(sequence_len=320, vocab_size=265, n_layer=1, n_head=4, n_kv_head=4, n_embd=320)
+    model = gpt.GPT(gpt.nanochat_config("classic", **shape)).init_weights(0)                 # c_proj is zero: embeddings pass straight through
+    with torch.no_grad():
+        model.transformer.wte.weight.copy_(torch.eye(320))
+        model.lm_head.weight.fill_(-10.0)
+        for token in range(265):
+            model.lm_head.weight[successors.get(token, [default]), token] = 10.0
+    return model
+
+
 def chat(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
@@ -80,9 +100,36 @@ def logits_of(model: gpt.GPT, hidden: torch.Tensor) -> torch.Tensor:
 
 def generate(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], num_samples: int, max_new_tokens: int,
              temperature: float = 1.0, top_k: int = 50, **more) -> list[list[gpt.Completion]]:
-    """Samples with a sampler of its own."""
     policy = policy_of(model, temperature, top_k)
-    return gpt.Sampler(model, tokenizer).generate(prompts, num_samples, max_new_tokens, policy, **more)
+    return gpt.generate(model, tokenizer, prompts, num_samples, max_new_tokens, policy, **more)
+
+
+def completion(tokens: list, mask: list | None = None, logprobs: list | None = None, entropy: float = 0.0) -> gpt.Completion:
+    n = len(tokens)
+    mask, logprobs = [True] * n if mask is None else mask, [0.0] * n if logprobs is None else logprobs
+    return gpt.Completion(numpy.array(tokens, int), numpy.array(mask, bool), numpy.array(logprobs, numpy.float32), entropy)
+
+
+def example(index: int, prompt: list[int], grader: str = "exact", references: tuple = ("?",)) -> chat_rl.Example:
+    return chat_rl.Example(index, f"question {index}", prompt, "", list(references), grader)
+
+
+def cpu_learner(model: gpt.GPT, **rates: float) -> gpt.Learner:
+    return gpt.Learner(model, gpt.Ranks(torch.device("cpu")), model.dtype, gpt.Rates(**rates))
+
+
+def weights_of(model: gpt.GPT) -> torch.Tensor:
+    """All of them, one after another."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def gradient_of(model: gpt.GPT) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of two vectors, relative to their length."""
+    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 class Touch:
@@ -93,18 +140,6 @@ class Touch:
 
     def __reduce__(self):
         return self.call, (f"touch {self.path}",) if self.call is os.system else (f"open({str(self.path)!r}, 'w')",)
-
-
-def sign(folder: Path, step: int, digests: bool = True) -> None:
-    """Makes a meta file's digests those of the files that are there, or takes them away."""
-    path = folder / f"meta_{step:06d}.json"
-    meta = json.loads(path.read_text())
-    for name in meta["sha256"]:
-        file = gpt.find_tokenizer(folder) if name == "tokenizer.pkl" else folder / name
-        meta["sha256"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    if not digests:
-        del meta["sha256"]
-    path.write_text(json.dumps({**meta, "seal": gpt.seal(meta)}))
 
 
 @pytest.fixture(scope="session")
@@ -147,12 +182,13 @@ def adder_base(tmp_path_factory) -> Path:
 
 
 def teach_adder(folder: Path) -> None:
-    tokenizer, task = chat_rl.byte_tokenizer(), chat_rl.TASKS["arithmetic"]
+    tokenizer, flags = chat_rl.byte_tokenizer(), chat_rl.Flags(**chat_rl.TASKS["arithmetic"])
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
-    examples = chat_rl.load_examples(task, chat_rl.make_sums()["train"], "arithmetic")
-    chat_rl.teach(model, tokenizer, examples, goal=0.2, size=64, optimizers=gpt.make_optimizers(model))
-    gpt.save_checkpoint(folder, 150, model, tokenizer, {"model_config": shape})
+    model.raw_config = shape
+    learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
+    chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=64)
+    gpt.save_checkpoint(folder, 150, learner.model, learner.model.state_dict(), tokenizer)
 
 
 @pytest.fixture
@@ -322,3 +358,14 @@ def cut_back(base: Path, step: int, tag: str = "adder") -> None:
     for path in out(base, tag).glob("*_*.*"):
         if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
             path.unlink()
+
+
+def copies(base: Path, *tags: str) -> None:
+    """Copies the checkpoint `adder` under other tags."""
+    for tag in tags:
+        shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / tag)
+
+
+def samples(base: Path, step: int, tag: str = "adder", kind: str = "") -> list[dict]:
+    path = base / "chatrl_checkpoints" / tag / f"samples_{step:06d}{kind}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -14,20 +14,19 @@ from conftest import (ROOT, SMALL, assert_readable, assert_same_run, ended, envi
                       out, output, reach, run, untimed, weights)
 
 STEPS = 12
-RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=100", "--save-every=1", "--keep-last=20"]
+RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=100", "--save-every=1"]
 # chat_rl that takes a fifth of a second longer for each step, and does not draw.
 SLOW = """
-import dataclasses, os, sys, time
+import os, sys, time
 sys.path.insert(0, os.environ["ROOT"])
 import matplotlib.figure, chat_rl
-task = chat_rl.TASKS["arithmetic"]
+exact = chat_rl.GRADERS["exact"]
 
 def slow(reference, text):
     time.sleep(0.2 / 64 * int(os.environ.get("WORLD_SIZE", 1)))
-    return task.grader(reference, text)
+    return exact(reference, text)
 
-slow.reads = lambda reference: True
-chat_rl.TASKS["arithmetic"] = dataclasses.replace(task, grader=slow)
+chat_rl.GRADERS["exact"] = slow
 matplotlib.figure.Figure.savefig = lambda self, file, **_: file.write(b"a picture")
 status = chat_rl.main(sys.argv[1:])
 sys.stdout.flush()
@@ -97,7 +96,7 @@ def test_ranks_stop_together(base, pair, slow, tmp_path):
             reach(ranks[0], base, step)
             for number in numbers:
                 ranks[number].send_signal(signal.SIGTERM)
-            assert [ended(process, base, 30) for process in ranks] == [0, 0], output(base)
+            assert [ended(process, base, 30) for process in ranks] == [128 + signal.SIGTERM] * 2, output(base)
         assert gpt.checkpoint_steps(out(base))[-1] == last_step(base) + 1 < STEPS, output(base)
         assert_readable(base)
         if not alone.exists():
@@ -144,7 +143,7 @@ def test_two_machines(base, pair, slow, tmp_path):
         reach(one, base, 2)
         one.send_signal(signal.SIGTERM)
         ended(one, base, 30)                    # torchrun's own status is that of a signal
-        assert ended(two, empty, 30) == 0, output(empty)
+        assert ended(two, empty, 30) != 0, output(empty)
         assert not family(base) and not family(empty), "a rank is left"
     assert gpt.checkpoint_steps(out(base)) == [last_step(base) + 1], output(base)
     assert os.listdir(empty) == ["out.txt"]

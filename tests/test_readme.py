@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, metrics, run
 
 import chat_rl
 
-FLAGS = [*SMALL, "--max-steps=2", "--matrix-lr=1", "--max-new-tokens=4"]
+FLAGS = [*SMALL, "--max-steps=3", "--matrix-lr=1", "--max-new-tokens=4"]
 README = (ROOT / "README.md").read_text()
 SECTION = README.partition("## Change it")[2].partition("\n## ")[0]
 EXPERIMENTS = {title: re.findall(r"```diff\n(.*?)```", part, re.S)
@@ -31,9 +31,9 @@ def apply(diffs: list[str], text: str) -> str:
     return text
 
 
-def test_there_are_six_experiments():
-    """README shows another reward, z-scored advantages, two penalties of length, a new task and a KL penalty."""
-    assert len(EXPERIMENTS) == 6 and all(EXPERIMENTS.values())
+def test_there_are_seven_experiments():
+    """README shows another grader, two rewards, z-scored advantages, a schedule, a new task and a KL penalty."""
+    assert len(EXPERIMENTS) == 7 and all(EXPERIMENTS.values())
 
 
 def norms(base: Path) -> list[float]:
@@ -62,10 +62,10 @@ def test_experiment_runs(title, base, tmp_path, plain_norms):
             rows = [{"instruction": f"What is {i} + {i + 1}?", "output": f"So\n#### {2 * i + 1}"} for i in range(10, 30)]
             (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         run(base, *FLAGS, "--task=mine", script=script)
-        assert len(norms(base)) == 2
+        assert len(norms(base)) == 3
     else:
         run(base, *FLAGS, script=script)
-        assert len(norms(base)) == 2 and norms(base) != plain_norms
+        assert len(norms(base)) == 3 and norms(base) != plain_norms
 
 
 def test_kl_penalty_has_the_gradient_of_the_divergence():
@@ -89,11 +89,12 @@ def test_new_task_is_a_row():
     assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) == 1
 
 
-def test_every_flag_is_in_the_table():
-    """The table of flags has each flag's name, default and help, as the code has them."""
-    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \| (.*?) \|$", README, re.M)
-    assert rows == [(f.name.replace("_", "-"), "" if str(f.default) in ("None", "", "False") else str(f.default), f.metadata["help"])
-                    for f in fields(chat_rl.Flags)]
+def test_flags_that_readme_names_are_there():
+    """README's commands and texts name no flag that --help does not show."""
+    known = {f.name for f in fields(chat_rl.Flags)} | {"help"}
+    named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", README)}
+    assert len(named) > 20 and named - known <= {
+        "nproc_per_node", "max_restarts", "shutdown_timeout", "nnodes", "node_rank", "master_addr", "transformers", "dist"}
 
 
 def test_files_that_readme_names_are_there():
@@ -124,3 +125,12 @@ def test_the_bench_runs(monkeypatch, capsys):
     bench.against_transformers(2, 64, torch.device("cpu"), torch.float32)
     said = capsys.readouterr().out
     assert "no row stops" in said and "half of the rows stop" in said and "transformers.generate" in said
+
+
+def test_torchrun_waits_for_a_save():
+    """README's torchrun commands give a save longer than torchrun's 30 s."""
+    lines = re.findall(r"^(?:\w+=\S+ )*torchrun .*", README, re.M)
+    assert lines
+    for line in lines:
+        seconds = re.search(r"shutdown[-_]timeout[= ](\d+)", line, re.I)
+        assert seconds and int(seconds[1]) > 60, line

@@ -1,33 +1,26 @@
 """Whole runs of chat_rl.py: what they write, what changes nothing in them, and what they refuse."""
 import json
+import math
 import os
 import pickle
 import shutil
 import statistics
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import tiktoken
 import torch
-from conftest import SMALL, chat, main, metrics, run, run_alone, sign, untimed, weights
+from conftest import ROOT, SMALL, chat, copies, main, metrics, run, run_alone, samples, untimed, weights
 
 import chat_rl
 import gpt
 
 # Some groups of every step have something to learn.
 LIVELY = [*SMALL, "--examples-per-step=16", "--num-samples=12", "--eval-examples=7"]
-
-
-def copies(base: Path, *tags: str) -> None:
-    """Copies the checkpoint `adder` under other tags."""
-    for tag in tags:
-        shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / tag)
-
-
-def samples(base: Path, step: int, tag: str = "adder") -> list[dict]:
-    path = base / "chatrl_checkpoints" / tag / f"samples_{step:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -37,7 +30,7 @@ def samples(base: Path, step: int, tag: str = "adder") -> list[dict]:
 def test_same_completions_in_any_batch_and_on_any_ranks(base):
     """1, 7 or all rows at once, on 1 rank or on 2 with an odd number of questions, sample the same completions in training
     and evaluation."""
-    sizes = {"one": 1, "seven": 7, "all": 0, "ranks": 7}
+    sizes = {"one": 1, "seven": 7, "all": 10_000, "ranks": 7}
     copies(base, *sizes)
     for tag, size in sizes.items():
         flags = [*LIVELY, f"--model-tag={tag}", f"--rollout-batch-size={size}", "--device-batch-size=5", "--max-steps=2",
@@ -58,22 +51,25 @@ def test_same_completions_in_any_batch_and_on_any_ranks(base):
 
 
 STEP_KEYS = ["step", "reward", "all_right", "all_wrong", "completion_length", "truncated", "entropy", "grader_timeouts",
-             "grad_norm", "update_norm", "advantage_tokens", "parts_left_out", "sampler_gap", "ratio_max", "approx_kl",
-             "clip_fraction", "lrm", "rollout_seconds", "update_seconds", "tokens_per_second"]
+             "grad_norm", "advantage_tokens", "updates_left_out", "sampler_gap", "ratio_max", "approx_kl",
+             "clip_fraction", "lr_fraction", "rollout_seconds", "update_seconds", "tokens_per_second"]
 
 
 def test_what_a_run_writes(base, capsys, pictures):
     """Checkpoints that load here, with the SFT checkpoint's keys, shapes and types, metrics, samples and a curve."""
-    model, tokenizer, meta = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
+    model, tokenizer = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
     model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
-    gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, tokenizer, meta)
+    gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, model.state_dict(), tokenizer)
     flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--eval-samples=4"]
     assert main(base, *LIVELY, *flags) == 0
     printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
     saved = {name.format(step) for step in (3, 4)
              for name in ("model_00000{}.pt", "meta_00000{}.json", "optim_00000{}.pt")}
     assert {path.name for path in out.iterdir()} == saved | {
-        "tokenizer.pkl", "metrics.jsonl", "curve.png", *(f"samples_00000{step}.jsonl" for step in (0, 2, 4))}
+        "tokenizer.pkl", "metrics.jsonl", "curve.png", "run.json", "chat_rl.py", "gpt.py",
+        *(f"samples_00000{step}.jsonl" for step in (0, 2, 4)), *(f"samples_00000{step}_train.jsonl" for step in (0, 2))}
+    assert (out / "chat_rl.py").read_text() == (ROOT / "chat_rl.py").read_text()
+    assert json.loads((out / "run.json").read_text())["flags"]["max_steps"] == 4
     assert matplotlib.image.imread(out / "curve.png").std() > 0
     assert "before " in printed and "after " in printed and str(out) in printed
 
@@ -82,7 +78,7 @@ def test_what_a_run_writes(base, capsys, pictures):
         (False, 0), (True, 0), (True, 1), (False, 2), (True, 2), (True, 3), (False, 4)]
     steps = [line for line in lines if "reward" in line]
     assert all(sorted(line) == sorted(STEP_KEYS) for line in steps)
-    assert [line["lrm"] for line in steps] == [1.0, 0.75, 0.5, 0.25]
+    assert [line["lr_fraction"] for line in steps] == [0.02 * x for x in (1.0, 0.75, 0.5, 0.25)]
     for line in steps:
         assert line["sampler_gap"] < 1e-5 and line["entropy"] > 0
         assert 0 <= line["truncated"] <= 1 <= line["completion_length"] <= 6
@@ -106,13 +102,9 @@ def test_what_a_run_writes(base, capsys, pictures):
     assert first["transformer.wte.weight"].dtype == torch.bfloat16
     assert not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
     for step in (3, 4):
-        _, again, meta_of_step = gpt.load_checkpoint(out, step)
-        assert meta_of_step["step"] == step and meta_of_step["model_config"] == meta["model_config"]
-        assert (meta_of_step["flags"]["max_steps"], meta_of_step["flags"]["temperature"]) == (4, 1.0)
+        again = gpt.load_checkpoint(out, step)[1]
         assert again.render(chat("1 + 1")) == tokenizer.render(chat("1 + 1"))
-    adamw, muon = torch.load(out / "optim_000004.pt", weights_only=True)["optimizers"]
-    assert muon["param_groups"][0]["lr"] == pytest.approx(0.02 * 0.02 * 0.25)
-    assert adamw["param_groups"][0]["lr"] == pytest.approx(0.004 * (64 / 768) ** -0.5 * 0.02 * 0.25)
+    assert json.loads((out / "meta_000004.json").read_text())["model_config"] == model.raw_config
 
 
 EVALUATION = "evaluations/adder"
@@ -173,33 +165,6 @@ def test_the_default_tag_is_the_largest(base):
     assert main(base, *flags) == 0 and metrics(base, "evaluations/d12-long")
 
 
-def gsm8k_rows(n: int) -> list[dict]:
-    return [{"question": f"What is {i} + 3?", "answer": f"<<{i}+3={i + 3}>>{i + 3}.\n#### {i + 3}"} for i in range(n)]
-
-
-def write_data(folder: Path, train: list[dict], test: list[dict]) -> Path:
-    folder.mkdir()
-    for name, rows in (("train", train), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_gsm8k_from_a_local_folder(base, capsys):
-    """Questions come from a local folder, tests in shuffle(seed=42) order; those too long are left out and counted."""
-    import datasets
-    long = {"question": "a" * 200, "answer": "#### 1"}
-    data = write_data(base / "data", [*gsm8k_rows(20), long], [*gsm8k_rows(12), long, long])
-    flags = [*SMALL, "--task=gsm8k", f"--data={data}", "--eval-examples=9", "--num-epochs=2"]
-    flags.remove("--max-steps=3")
-    assert main(base, *flags, "--examples-per-step=10") == 0
-    printed = capsys.readouterr().out
-    assert "1 of 21 train questions" in printed and "2 of 14 test questions" in printed
-    assert [line["step"] for line in metrics(base) if "reward" in line] == [0, 1, 2, 3]     # two epochs of 20
-    shuffled = datasets.load_dataset("json", data_files=str(data / "test.jsonl"), split="train").shuffle(seed=42)
-    wanted = [row["question"] for row in shuffled if row["question"] != long["question"]][:9]
-    assert [row["question"] for row in samples(base, 0)] == wanted
-
-
 @pytest.mark.parametrize("more", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "online", "WANDB_API_KEY": "bad"}],
                          ids=["offline", "no account"])
 def test_weights_and_biases(base, more):
@@ -227,19 +192,53 @@ def refusal(base: Path, capsys, *flags: str) -> str:
 
 @pytest.mark.parametrize("flag, words", [
     *((flag, [flag.split("=")[0]]) for flag in (
-        "--num-samples=1", "--temperature=0", "--temperature=-1", "--temperature=nan", "--temperature=inf",
-        "--matrix-lr=-1",
-        "--matrix-lr=inf", "--top-k=-1", "--max-steps=-1", "--device-batch-size=0", "--eval-every=0", "--save-every=0",
-        "--max-new-tokens=0", "--max-new-tokens=128", "--eval-examples=-1", "--rollout-batch-size=-1",
-        "--examples-per-step=0",
-        "--examples-per-step=100000", "--num-epochs=0", "--seed=1" + "0" * 30, "--no-such-flag", "--num-samples=two")),
+        "--num-samples=1", "--temperature=0", "--temperature=-1", "--temperature=nan", "--matrix-lr=-1", "--top-k=-3",
+        "--max-steps=-1", "--device-batch-size=0", "--eval-every=0", "--save-every=0", "--max-new-tokens=0",
+        "--max-new-tokens=128", "--eval-examples=-1", "--rollout-batch-size=0", "--examples-per-step=0",
+        "--examples-per-step=100000", "--num-epochs=0", "--no-such-flag", "--num-samples=two", "--eval-temperature=0",
+        "--max-ratio=-1", "--max-ratio=nan", "--updates-per-rollout=0", "--lr-schedule=cosine", "--grad-clip=-1",
+        "--num-sample=4", "--keep-last=-1")),
+    *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "1.5", "0.2,0.3")),
     ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
     ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
-    ("--task=chess", ["chess"])], ids=lambda value: value if isinstance(value, str) else "")
+    ("--task=chess", ["chess", "gsm8k"]), ("--grader=vibes", ["vibes", "boxed-math"]),
+    ("--chat-template-kwargs={}x", ["--chat-template-kwargs"]), ("--chat-template=x", ["--chat-template"])],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_flags(base, capsys, flag, words):
     """A flag that is out of range, or names what is not there, ends the run with status 2 and one line that says so."""
     text = refusal(base, capsys, *SMALL, flag)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("given, bounds", [([], (0, math.inf)), (["0.2"], (0.8, 1.2)), (["0.2", "0.28"], (0.8, 1.28))])
+def test_clips_are_read(given, bounds):
+    flags = chat_rl.parse_flags(["--clip", *given] if given else [], {})
+    assert chat_rl.bounds_of(flags) == pytest.approx(bounds)
+
+
+@pytest.mark.parametrize("argv, kind, saved, wanted", [
+    ([], "nanochat", {}, dict(task="gsm8k", grader="number", data="openai/gsm8k:main", matrix_lr=0.02, top_k=50, grad_clip=0)),
+    ([], "huggingface", {}, dict(task="gsm8k-boxed", grader="boxed-number", top_k=0, grad_clip=1, lr_schedule="constant")),
+    (["--lora-rank=4"], "huggingface", {}, dict(matrix_lr=1e-4, top_k=0)),
+    (["--lora-rank=4", "--matrix-lr=3"], "nanochat", {}, dict(matrix_lr=3, init_lr_frac=1, task="gsm8k")),
+    (["--task=think", "--system=x"], "nanochat", {}, dict(grader="tagged-number", system="x")),
+    ([], "starter", {}, dict(task="arithmetic", num_samples=4, data="sums")),
+    (["--num-samples=6"], "starter", dict(num_samples=8, seed=7), dict(num_samples=6, seed=7, matrix_lr=0.25)),
+    (["--task=math"], "nanochat", dict(task="think", system="y", grader="exact", seed=7),
+     dict(grader="boxed-math", prompt_key="problem", system="", seed=7)),
+    (["--task=think"], "nanochat", dict(task="think", system="y"), dict(system="y"))])
+def test_what_wins(argv, kind, saved, wanted):
+    """Given > the run that goes on > the task > the kind of model > Flags; another task brings its own defaults along."""
+    flags = asdict(chat_rl.settle_flags(argv, kind, saved))
+    assert {key: flags[key] for key in wanted} == wanted
+
+
+def test_help_shows_every_flag():
+    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0 and done.stderr == ""
+    for name in asdict(chat_rl.Flags()):
+        assert "--" + name.replace("_", "-") in done.stdout, name
+    assert "sample from the k likeliest tokens" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
@@ -256,7 +255,6 @@ def truncate(folder: Path) -> None:
 def make_foreign(folder: Path) -> None:
     path = folder / "model_000150.pt"
     torch.save({**torch.load(path, weights_only=True), "bigram_embed.weight": torch.zeros(1)}, path)
-    sign(folder, 150)
 
 
 def swap_tokenizer(folder: Path) -> None:
@@ -264,7 +262,6 @@ def swap_tokenizer(folder: Path) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
-    sign(folder, 150)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -282,46 +279,10 @@ def test_bad_checkpoint(base, capsys, damage, words):
     assert all(word in text for word in words), text
 
 
-ROWS = gsm8k_rows(9)
-
-
-@pytest.mark.parametrize("train, test, words", [
-    ([], ROWS, ["--data"]), (ROWS, [], ["--data"]), ([], [], ["--data"]),
-    ([*ROWS, {"question": "?"}], ROWS, ["row 9", "train", "answer"]),
-    ([*ROWS[:4], {"answer": "#### 1"}], ROWS, ["row 4", "train", "question"]),
-    ([{"question": "?"}] * 9, [{"question": "?"}] * 9, ["row 0", "train", "answer"]),
-    ([{"question": "?"}] * 9, ROWS, ["--data"]),
-    (ROWS, [*ROWS[:3], {"question": "?"}, *ROWS[3:]], ["row 3", "test", "answer"]),
-    (ROWS, None, ["--eval-data"]), (None, None, ["--data"])],
-    ids=["no train rows", "no test rows", "no rows", "no answer", "no question", "no answers", "other columns",
-         "no answer in test", "no test file", "no files"])
-def test_bad_data(base, capsys, train, test, words):
-    """Data that is not there says how to use a local folder; a row that lacks something is named by its place."""
-    (base / "data").mkdir()
-    for name, rows in (("train", train), ("test", test)):
-        if rows is not None:
-            (base / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = refusal(base, capsys, *SMALL, "--task=gsm8k", f"--data={base / 'data'}")
-    assert all(word in text for word in words), text
-
-
 def test_output_that_cannot_be_written(base, capsys):
     """Where the output folder cannot be made the run ends before it begins."""
     (base / "chatrl_checkpoints").write_text("in the way")
     assert "chatrl_checkpoints" in refusal(base, capsys, *SMALL)
-
-
-@pytest.mark.parametrize("broken", [False, True], ids=["unreachable", "not JSON"])
-def test_data_refused_by_a_process(base, broken):
-    """Data that cannot be reached or read: the process prints one line, whatever `datasets` has to say, and ends with status 2."""
-    data = []
-    if broken:
-        data = [f"--data={write_data(base / 'data', ROWS, ROWS)}"]
-        (base / "data" / "train.jsonl").write_text("not JSON\n")
-    done = (run if broken else run_alone)(base, *SMALL, "--task=gsm8k", *data, status=2)
-    assert done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
-    assert "--data a local folder" in done.stderr and ("/data" if broken else "openai/gsm8k") in done.stderr
-    assert not (base / "chatrl_checkpoints").exists()
 
 
 def test_more_ranks_than_questions(base):
@@ -345,3 +306,51 @@ def test_what_is_amiss_is_said_once(base):
 def test_half_an_environment_of_torchrun_is_said(base):
     done = run_alone(base, *SMALL, status=2, RANK="0")
     assert done.stderr == "chat_rl: RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: start with torchrun, or unset RANK\n"
+
+
+def test_functions_as_task_cross_to_ranks(base, tmp_path):
+    """A lambda as a grader and a lambda as a task's data work with torchrun as with python."""
+    script = tmp_path / "edited.py"
+    script.write_text((ROOT / "chat_rl.py").read_text().replace('\nif __name__ == "__main__":', """
+MADE["pairs"] = lambda: {"train": [{"q": f"{i} + 1", "a": i + 1} for i in range(20)], "test": [{"q": "5 + 5", "a": 10}] * 3}
+GRADERS["last"] = lambda reference, text: float(text[-1:] in "13579" or text.endswith(reference))
+TASKS["mine"] = dict(data="pairs", grader="last", prompt_key="q", answer_key="a")
+
+if __name__ == "__main__":"""))
+    shutil.copy(ROOT / "gpt.py", tmp_path)
+    copies(base, "two")
+    flags = [*LIVELY, "--task=mine"]
+    run(base, *flags, script=script)
+    run(base, *flags, "--model-tag=two", script=script, ranks=2)
+    assert any(line.get("reward") for line in metrics(base))
+    for mine, other in zip(metrics(base, "two"), metrics(base), strict=True):
+        assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
+
+
+def test_two_seeds_at_once(base):
+    """--name gives each its folder; a run that begins from a result leaves it alone."""
+    for seed in (1, 2):
+        assert main(base, *SMALL, "--max-steps=1", f"--seed={seed}", f"--name=seed{seed}") == 0
+    assert metrics(base, "seed1")[0] != metrics(base, "seed2")[0]
+    folder = base / "chatrl_checkpoints" / "seed1"
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    assert main(base, *SMALL, f"--model-tag={folder}", "--max-steps=1") == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept and weights(base, 1, "seed1-2")
+
+
+def test_evaluation_at_another_temperature(base):
+    """--eval-temperature is that of the samples, not of the greedy answers, and not of training."""
+    for name, flags in (("one", []), ("cold", ["--eval-temperature=0.01"]), ("warm", ["--temperature=3"])):
+        assert main(base, *SMALL, "--max-steps=1", f"--name={name}", *flags) == 0
+    one, cold, warm = (metrics(base, name)[0] for name in ("one", "cold", "warm"))
+    assert cold["pass@1"] == pytest.approx(cold["greedy"], abs=0.07) and one == warm and cold["greedy"] == one["greedy"]
+
+
+def test_keep_last_counts_weights(base):
+    """It bounds whole checkpoints; without it all weights stay, and the last two states."""
+    flags = [*SMALL, "--max-steps=5", "--save-every=1", "--eval-every=9", "--eval-samples=1"]
+    for name, keep, models, states in (("all", 0, [1, 2, 3, 4, 5], [4, 5]), ("two", 2, [4, 5], [4, 5]), ("one", 1, [5], [5])):
+        assert main(base, *flags, f"--name={name}", f"--keep-last={keep}") == 0
+        folder = base / "chatrl_checkpoints" / name
+        assert gpt.checkpoint_steps(folder) == models and len([*folder.glob("model_*")]) == len(models)
+        assert [int(path.stem[-6:]) for path in sorted(folder.glob("optim_*"))] == states

@@ -1,36 +1,19 @@
-"""The model against nanochat's arithmetic, written out in float64 from the facts of its checkpoints; and what `draw` owes to
-the sum of its probabilities. Nothing is needed but what is made here."""
+"""nanochat's arithmetic, written out in float64 from the facts of its checkpoints, and checkpoints made of nothing."""
 import json
 import math
 import pickle
 from pathlib import Path
 
-import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import gpt
 
 NAMES = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end", "output_start",
          "output_end")
 GENERATIONS = ("classic", "winter", "spring", "current")
 WINDOWED = {"sequence_len": 144, "vocab_size": 265, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 48,
             "window_pattern": "SLS"}
-
-# What these tests call of the product, and how
-
-
-def logits_of(model: gpt.GPT, ids: list[int]) -> Tensor:
-    """(T, V) in float32."""
-    with torch.no_grad():
-        return gpt.Policy(softcap=model.config.softcap).scores(model.unembed(model(torch.tensor([ids]))))[0]
-
-
-def draw(logits: Tensor, uniform: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their logprobs, without a softcap."""
-    return gpt.Policy(1.0, top_k).draw(logits, uniform)[:2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,45 +99,3 @@ def reference_logits(state: dict[str, Tensor], config: dict, ids: list[int]) -> 
         middle = x if i == L // 2 else middle if i > L // 2 else None
     x = norm(x - state["backout_lambda"] * middle) if generation == "current" else norm(x)
     return 15 * torch.tanh((x @ state["lm_head.weight"].T)[:, :config["vocab_size"]] / 15)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_logits_of_each_generation(tmp_path, generation):
-    """Logits are those of a plain forward in float64, beyond both windows, to float32's rounding."""
-    state = random_state(generation, WINDOWED)
-    write_checkpoint(tmp_path / "d4", state, WINDOWED)
-    model, _, _ = gpt.load_checkpoint(tmp_path / "d4")
-    ids = torch.randint(265, (160,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
-    assert wanted.shape == (160, 265) and 5 < wanted.abs().max() < 15
-    torch.testing.assert_close(logits_of(model, ids).double(), wanted, rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_arithmetic_in_bfloat16(tmp_path, generation):
-    """A bfloat16 model is one to its last hidden state; its logits are float32, and as close as that type comes."""
-    state = random_state(generation, WINDOWED)
-    write_checkpoint(tmp_path / "d4", state, WINDOWED)
-    model, _, _ = gpt.load_checkpoint(tmp_path / "d4", dtype=torch.bfloat16)
-    ids = list(range(100, 160))
-    assert model(torch.tensor([ids])).dtype == torch.bfloat16 and logits_of(model, ids).dtype == torch.float32
-    wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
-    assert (logits_of(model, ids) - wanted).norm() < 0.02 * wanted.norm()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# draw
-
-
-@pytest.mark.parametrize("all_of_them", [True, False], ids=["top_k 0", "top_k"])
-def test_draw_scales_by_the_total(all_of_them):
-    """Probabilities add up to a little more or less than 1: the largest number still draws a token that has some, and the
-    last of those."""
-    totals = []
-    for n in range(1001, 2001, 40):
-        logits = torch.cat([torch.zeros(n), torch.full((3,), -1e4)]).unsqueeze(0)          # the last three never
-        token, logprob = draw(logits, torch.tensor([1 - 2 ** -24]), 0 if all_of_them else n + 3)
-        totals.append(float(logprob.double().exp()) * n)
-        assert logprob.item() == pytest.approx(-math.log(n), abs=1e-5), n
-        assert token.item() == n - 1 or not all_of_them
-    assert min(totals) < 1 - 2 ** -24
