@@ -959,7 +959,9 @@ def references_in(value: Any) -> Iterator:
     for item in value if isinstance(value, list) else [value]:
         if type(item) in (int, float, Decimal):
             item = f"{Decimal(str(item)):f}".removesuffix(".0")
-        if item is not None and ("" + item).strip():
+        if not isinstance(item, str | None):
+            raise ValueError(f"{item!r} is no text and no number")
+        if item and item.strip():
             yield item
 
 
@@ -1014,7 +1016,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
 def load_task(flags: Flags, tokenizer: Any, limit: int) -> tuple[list[Example], dict]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
     places = re.findall(r"(?:([\w.-]+)=)?(.+?)(?:,(?=[\w.-]+=)|$)", flags.eval_data) or [("", flags.data)]
-    if os.path.exists(flags.eval_data):     # perhaps with = or , in it
+    if os.path.exists(os.path.expanduser(flags.eval_data)):  # perhaps with = or , in it
         places = [("", flags.eval_data)]
     questions = load_examples(flags, tokenizer, limit, flags.data, "train") if flags.max_steps != 0 else []
     known, tests = {example.question for example in questions}, {}
