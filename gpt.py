@@ -505,12 +505,12 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
 LORA_ALPHA = 32
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., C) times the transpose of weight (K, C): (..., K)."""
-    rows = x.flatten(0, -2)
-    if x.is_cpu and len(rows) <= 64 and not torch.is_grad_enabled():  # then a CPU's libraries take half the time
-        return (weight @ rows.mT).mT.unflatten(0, x.shape[:-1])
-    return F.linear(x, weight)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C) times the transpose of weight (K, C), and bias (K,): (..., K)."""
+    if x.is_cpu and x.numel() <= 64 * x.size(-1) and not torch.is_grad_enabled():
+        y = (weight @ x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])  # half the time of linear with few rows
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -523,9 +523,7 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight)
-        if self.bias is not None:
-            y = y + self.bias
+        y = product(x, self.weight, self.bias)
         if self.lora_a is not None:
             y = torch.add(y, product(product(x, self.lora_a), self.lora_b), alpha=self.scale)
         return y
