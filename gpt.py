@@ -1062,13 +1062,15 @@ class Transcript:
         self.lengths[rows[going & ended]] = t + 1
         return tokens, going & ~ended
 
-    def completions(self) -> list[Completion]:
+    def groups(self, num_samples: int) -> list[list[Completion]]:
+        """The completions, so many to a list."""
         tokens, logprobs, entropies = self.said
         columns = tokens.astype(int), self.forced < 0, logprobs.astype(numpy.float32), entropies, self.lengths
-        return [
+        completions = [
             Completion(ids[:n].copy(), mask[:n].copy(), p[:n].copy(), float(h[:n].sum()))
             for ids, mask, p, h, n in zip(*columns)
         ]
+        return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
 
 def draw(model: GPT, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
@@ -1096,8 +1098,7 @@ def generate(
     `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past
     the model's last position.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
-    limit = model.config.max_positions
+    longest, limit = max(map(len, prompts)) + max_new_tokens, model.config.max_positions
     if longest > limit:
         raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
     cache = Cache(prefill(model, prompts), num_samples)
@@ -1116,11 +1117,9 @@ def generate(
             break
         if going.sum() <= 0.75 * len(rows):
             stream = stream.index_select(0, cache.select(going.nonzero()[0]))
-            rows = rows[going]
-            tokens = tokens[going]
+            rows, tokens = rows[going], tokens[going]
         hidden = model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
-    completions = transcript.completions()
-    return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
+    return transcript.groups(num_samples)
 
 
 def completion_logprobs(
