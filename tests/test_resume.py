@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, ended, gpt, last_step, main, metrics, out,
-                      output, reach, run, started, untimed, wait_for, weights)
+                      output, reach, run, started, wait_for, weights)
 
 STEPS = 12
 RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=5", "--save-every=1"]

@@ -1,6 +1,7 @@
 """The sampler and the policy: against one row at a time written out, and each random number in its place."""
 import math
 import re
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -74,6 +75,15 @@ def test_completions_depend_on_nothing_in_their_batch(tokenizer):
         assert_same(mine, other)
     longer = generate(model, tokenizer, prompts, 5, 30, seed=(3, 1))
     assert [c.tokens.tolist() for c in sum(together, [])] == [c.tokens[:20].tolist() for c in sum(longer, [])]
+
+
+def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn(monkeypatch):
+    """No number is 0 or 1, which would draw a token of no probability."""
+    monkeypatch.setattr(gpt, "generator", lambda *_: SimpleNamespace(integers=lambda high, size: numpy.array([0, high - 1])))
+    numbers = gpt.uniforms(1, size=2)
+    assert 0 < numbers[0] < 1e-6 and 1 - 1e-6 < numbers[1] < 1
+    logits = torch.tensor([-1e4, 0.0, 0.0, -1e4]).expand(2, -1)
+    assert gpt.Policy(1.0, 0).draw(logits, torch.from_numpy(numbers))[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("counter", ["seed", "key", "sample", "position"])
