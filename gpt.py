@@ -181,6 +181,7 @@ def find_device(device_type: str) -> torch.device:
 
 def start_ranks(device_type: str) -> Ranks:
     """Joins the other processes that torchrun has started. Raises UserError where they cannot run together."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     device = find_device(device_type)
     if "RANK" not in os.environ:
         return Ranks(device)
