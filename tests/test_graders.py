@@ -1,7 +1,6 @@
 """Graders: what scores what, MATH-500 and AIME against themselves, hostile text, and the process that compares expressions."""
 import inspect
 import json
-import os
 import signal
 import subprocess
 import sys
