@@ -73,7 +73,7 @@ class Flags:
     chat_template: str = ""                 # file with a chat template to use instead of the model's (Hugging Face)
     chat_template_kwargs: str = "{}"        # variables of the chat template, as a JSON object (Hugging Face)
     lora_rank: int = 0                      # train adapters of this rank on the blocks' matrices (0: all weights)
-    task: str = "gsm8k"                     # a row of TASKS, which sets some of the ten flags below
+    task: Literal[*TASKS] = "gsm8k"         # sets some of the ten flags below
     data: str = ""                          # training questions: a hub name, a JSONL file, or a folder of such
     eval_data: str = ""                     # test questions from elsewhere: a place, or name=place,name=place
     prompt_key: str = "question"            # column with the question: text or a list of messages
@@ -83,7 +83,7 @@ class Flags:
     prefill: str = ""                       # beginning of each reply
     few_shot: str = ""                      # JSON file: a list of messages to put before each question
     raw_prompt: bool = False                # questions hold the model's own markers: no chat template around them
-    grader: str = "number"                  # a row of GRADERS
+    grader: Literal[*GRADERS] = "number"    # what compares a reply with the reference
     num_epochs: int = 1                     # passes over the training questions
     max_steps: int | None = None            # length of the run (default: that of the epochs; 0: evaluate and exit)
     examples_per_step: int = 16             # questions per step, over all ranks
@@ -176,16 +176,12 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
     except SystemExit as end:
         if not end.code:                    # --help
             raise
-        _, box = told.getvalue().split("\n", 1)
-        lines = re.split(r"\n\W+\n", box)[0].splitlines()
-        raise UserError(" ".join(line.strip("│| ") for line in lines) + "; --help lists the flags") from None
+        _, _, box = told.getvalue().partition("\n")
+        raise UserError(re.sub(r"[^!-~]+", " ", box).strip()) from None
     for name, value in asdict(flags).items():
         low = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not low <= value:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}")
-    for name, value, known in (("task", flags.task, TASKS), ("grader", flags.grader, GRADERS)):
-        if value not in known:
-            raise UserError(f"--{name} {value} is unknown: choose {', '.join(known)}")
     if len(flags.clip) > 2 or not all(0 < x for x in flags.clip) or min(flags.clip, default=0) >= 1:
         raise UserError("--clip takes one number below 1, such as 0.2, or two, such as 0.2 0.28")
     return flags
@@ -311,11 +307,6 @@ def deal(items: list, costs: list[int], ranks: Ranks) -> list:
     return mine
 
 
-def by_index(groups: list[list[Group]]) -> list[Group]:
-    """The ranks' groups in the order of their questions."""
-    return sorted(itertools.chain(*groups), key=lambda group: group.example.index)
-
-
 def text_of(completion: Completion, tokenizer: Any) -> str:
     """What the model said, without the token that ended its turn."""
     tokens = completion.tokens.tolist()
@@ -343,8 +334,9 @@ def rollout(
     seed: tuple[int, ...],
     title: str,
 ) -> list[Group]:
-    """Samples and grades this rank's share of the examples, about `rollout_batch_size` rows at once. Raises
-    Interrupted on all ranks where a signal cuts one short."""
+    """Samples from the policy and grades, each rank its share of the examples, about `rollout_batch_size` rows at once.
+    Returns on rank 0 alone the groups of all, in the order of their questions. Raises Interrupted on all ranks where a
+    signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
@@ -364,7 +356,7 @@ def rollout(
             groups += map(Group, part, completions)
         for group in groups:
             grade(run, group)
-    return groups
+    return sorted(itertools.chain(*ranks.gather(groups)), key=lambda group: group.example.index)
 
 
 def num_sampled(completions: list[Completion]) -> int:
@@ -464,15 +456,14 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     questions = questions_of_step(run, run.step)
     policy = policy_of(learner.model, flags.temperature, flags.top_k)
     seed = flags.seed, TRAINING, run.step
-    mine = rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}")
-    sampled = time.monotonic()
-    rollout_seconds = max(ranks.all_gather(sampled - start))  # of the rank that began first
-    groups = by_index(ranks.all_gather(mine))
+    groups = ranks.share(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
+    rolled_out = time.monotonic()
+    rollout_seconds = max(ranks.all_gather(rolled_out - start))  # of the rank that began first
     metrics = summarize(groups, run.tokenizer.stops) | learn(run, learner, groups, policy)
     return metrics | {
         "lr_fraction": lr_fraction(run),
         "rollout_seconds": rollout_seconds,
-        "update_seconds": time.monotonic() - sampled,
+        "update_seconds": time.monotonic() - rolled_out,
         "tokens_per_second": metrics["completion_length"] * len(questions) * flags.num_samples / rollout_seconds,
     }, groups
 
@@ -493,17 +484,16 @@ def solved(groups: list[Group], k: int) -> tuple[float, float]:
 def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
     """pass@k for k = 1 … eval_samples and the greedy accuracy on the first eval_examples questions of each test, with
     the same random numbers every time. Returns, on rank 0 alone, metrics and each test's groups."""
-    flags, ranks, model, start = run.flags, learner.ranks, learner.model, time.monotonic()
+    flags, model, start = run.flags, learner.model, time.monotonic()
     policy = policy_of(model, flags.eval_temperature, flags.top_k)
     likeliest = policy_of(model, 1.0, 1)
     seed = flags.seed, EVALUATION
     metrics, answered = {}, {}
     for name, examples in run.tests.items():
         examples = examples[: flags.eval_examples or None]
-        sampled = rollout(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
-        groups = by_index(ranks.gather(sampled))
-        greedy = by_index(ranks.gather(rollout(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")))
-        if ranks.rank == 0:
+        groups = rollout(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
+        greedy = rollout(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
+        if groups:
             answered[name] = groups
             label = f"{name}/" if name else ""
             metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups + greedy)
@@ -1339,7 +1329,7 @@ def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
     """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
     with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
         template = flags.chat_template and Path(flags.chat_template).expanduser().read_text(encoding="utf-8")
-        variables = dict(json.loads(flags.chat_template_kwargs))
+        variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
     return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
 
 

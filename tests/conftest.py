@@ -332,7 +332,7 @@ def weights(base: Path, step: int, tag: str = "adder") -> dict[str, torch.Tensor
 
 def untimed(line: dict) -> dict:
     """A line of metrics.jsonl without what depends on the clock."""
-    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
+    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds", "evaluation_seconds")}
 
 
 def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = 12) -> None:

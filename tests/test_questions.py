@@ -115,24 +115,6 @@ def test_gsm8k_has_nanochats_test_order(load):
     assert [x.question for x in tests[""]] == list(rows["question"])
 
 
-def test_math_is_all_subjects_less_math_500(load, monkeypatch):
-    """12,500 problems of seven subjects, train and test, without the 500 that are tested."""
-    def hub() -> dict:
-        return {"test": [{"problem": problem, "solution": "1"} for problem in ("algebra test 1", "geometry train 0")]}
-
-    def subject(name: str) -> dict:
-        return {split: [{"problem": f"{name} {split} {i}", "solution": "3"} for i in range(3)] for split in ("train", "test")}
-
-    monkeypatch.setitem(chat_rl.MADE, "HuggingFaceH4/MATH-500", hub)
-    names = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-    for name in names:
-        monkeypatch.setitem(chat_rl.MADE, f"EleutherAI/hendrycks_math:{name}", lambda name=name: subject(name))
-    train, tests = load("math")
-    problems = {x.question.removesuffix(BOX_MATH) for x in train}
-    assert len(problems) == 40 and not problems & {"algebra test 1", "geometry train 0"} and len(tests[""]) == 2
-    assert {problem.split()[0] for problem in problems} == set(names)
-
-
 def test_a_lambda_as_data_and_a_lambda_as_grader(load, monkeypatch):
     """A row of each table; what is loaded pickles all the same, and a prefill is shown to any function."""
     monkeypatch.setitem(chat_rl.MADE, "words", lambda: {"train": [{"question": "a", "answer": "b"}], "test": GSM8K})
@@ -314,33 +296,33 @@ def test_a_few_shot_file_that_is_none_is_refused(load, tmp_path, content):
 # What is left out, and what is refused
 
 
-def test_rows_without_an_answer_that_can_be_read_are_left_out(load, tmp_path, capsys):
+def test_rows_without_an_answer_that_can_be_read_are_left_out(load, tmp_path, capfd):
     """Counted in a line; the others keep their numbers."""
     bad = {2: {"answer": "none"}, 3: {"answer": None}, 5: {"answer": ""}, 6: {"answer": [" ", None]}, 8: {"question": None}}
     rows = [{**row, **bad.get(i, {})} for i, row in enumerate(GSM8K)] + [{"question": "?"}, {"answer": "#### 1"}]
     train, tests = load("gsm8k", folder(tmp_path, train=rows, test=[{"question": "?", "answer": ["none", "#### 3"]}]))
     assert tests[""][0].references == ["#### 3"]
     assert sorted(x.index for x in train) == [i for i in range(12) if i not in bad]
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("\n") == 1 and said.startswith("7 of 14 questions in train of")
     assert load("gsm8k", tmp_path, grader="exact", eval_data=str(write(tmp_path / "blank.jsonl", [
         {"question": "?", "answer": [" ", "", "8"]}, {"question": "?", "answer": "\n"}])))[1][""][0].references == ["8"]
 
 
-def test_what_is_too_long_is_left_out(examples_of, tokenizer, capsys):
+def test_what_is_too_long_is_left_out(examples_of, tokenizer, capfd):
     """The prefill counts."""
     rows = [{"prompt": "a" * n, "answer": "1"} for n in (5, 6, 7)]
     limit = len(tokenizer.render(chat("a" * 6))) + 3
     assert [x.index for x in examples_of(rows, limit=limit, prefill="abc")] == [0, 1]
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("\n") == 1 and "2 of 3 questions" in said and f"1 are longer than {limit} tokens" in said
     assert "3 are longer than 5 tokens" in refusal(examples_of, rows, limit=5)
 
 
-def test_references_that_are_words_are_counted(examples_of, capsys):
+def test_references_that_are_words_are_counted(examples_of, capfd):
     rows = [{"prompt": "?", "answer": answer} for answer in (r"\boxed{the red one}", r"\boxed{2}", [r"\boxed{two of them}", "3"])]
-    assert len(examples_of(rows)) == 3 and "1 have one that counts in the same words only" in capsys.readouterr().out
-    assert len(examples_of(rows, grader="exact")) == 3 and capsys.readouterr().out == ""
+    assert len(examples_of(rows)) == 3 and "1 have one that counts in the same words only" in capfd.readouterr().out
+    assert len(examples_of(rows, grader="exact")) == 3 and capfd.readouterr().out == ""
 
 
 def test_where_no_row_has_an_answer_the_columns_are_named(examples_of):
@@ -400,11 +382,11 @@ def test_an_evaluation_needs_no_training_questions(load, tmp_path):
         assert train == [] and len(tests["gsm8k"]) == 12
 
 
-def test_questions_in_both_are_counted(load, tmp_path, capsys):
+def test_questions_in_both_are_counted(load, tmp_path, capfd):
     load("jsonl", folder(tmp_path, train=JSONL[:8], test=JSONL[6:]))
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("\n") == 1 and said.startswith("2 test questions in") and "training questions too" in said
     load("jsonl", write(tmp_path / "one.jsonl", JSONL))         # a file is all there is
-    assert capsys.readouterr().out.startswith("12 test questions in")
+    assert capfd.readouterr().out.startswith("12 test questions in")
     load("jsonl", folder(tmp_path / "other", train=JSONL[:6], test=JSONL[6:]))
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""

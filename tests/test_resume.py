@@ -228,27 +228,27 @@ def test_unwritable_folder(finished, tmp_path):
         assert status == 2 and one_line(said, file / "chatrl_checkpoints")
 
 
-def test_flags_may_change(finished, capsys):
+def test_flags_may_change(finished, capfd):
     """Flags that are not given are the run's; those that are win, and are said in a line; a rank of adapters is refused. More
     steps go on from the end, another step begins there, and what came after it is gone."""
     cut_back(finished, 11)
     plain = ["--model-tag=adder", "--resume"]
-    assert main(finished, *plain, "--lora-rank=3") == 2 and "--lora-rank" in capsys.readouterr().err
+    assert main(finished, *plain, "--lora-rank=3") == 2 and "--lora-rank" in capfd.readouterr().err
     assert main(finished, *plain, "--matrix-lr=0.5", "--max-steps=14") == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "going on with --max-steps 14, not 12; --matrix-lr 0.5, not 0.02" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
-    assert "step 13/13" in capsys.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
+    assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
     assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
     assert [line["step"] for line in metrics(finished)][-2:] == [13, 14]
 
 
-def test_nothing_to_resume(base, capsys):
+def test_nothing_to_resume(base, capfd):
     """It is said, and the run begins."""
     assert main(base, *SMALL, "--resume", "--max-steps=1") == 0
-    assert f"nothing to resume in {out(base)}: beginning anew" in capsys.readouterr().out and len(metrics(base)) == 3
+    assert f"nothing to resume in {out(base)}: beginning anew" in capfd.readouterr().out and len(metrics(base)) == 3
 
 
 def test_the_source_need_not_be_there(finished, wholes):
@@ -288,7 +288,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def test_damaged_states_are_passed_over(finished, wholes, capsys):
+def test_damaged_states_are_passed_over(finished, wholes, capfd):
     """Each state damaged in each way: the run goes on from the last one that is whole, and names the rest; where none is, it
     stops, and moves nothing."""
     states = sorted(out(finished).glob("optim_*.pt"))
@@ -298,17 +298,17 @@ def test_damaged_states_are_passed_over(finished, wholes, capsys):
         states[1].write_bytes(whole)
         damage(states[1])
         assert main(finished, *RUN, "--resume", "--max-steps=11") == 0
-        said = capsys.readouterr().out
+        said = capfd.readouterr().out
         assert f"passing over {states[1]}" in said and "step 11/11" in said
     states[1].unlink()
     flip(states[0])
     before = {path.name: path.read_bytes() for path in out(finished).iterdir()}
     assert main(finished, *RUN, "--resume") == 2
-    assert f"nothing in {out(finished)} can be read" in capsys.readouterr().err
+    assert f"nothing in {out(finished)} can be read" in capfd.readouterr().err
     assert {path.name: path.read_bytes() for path in out(finished).iterdir()} == before
 
 
-def test_no_pickle_runs_code(finished, tmp_path, capsys):
+def test_no_pickle_runs_code(finished, tmp_path, capfd):
     """A hostile pickle in any file that is read is refused or passed over by name."""
     bad = Touch(tmp_path / "touched")
     os.system(bad.__reduce__()[1][0])
@@ -320,7 +320,7 @@ def test_no_pickle_runs_code(finished, tmp_path, capsys):
         for content in ("pickle", "torch"):
             path.write_bytes(pickle.dumps(bad)) if content == "pickle" else torch.save({"lm_head.weight": bad}, path)
             status = main(finished, *RUN, *["--resume"] * ("optim" in path.name))
-            said = capsys.readouterr()
+            said = capfd.readouterr()
             assert str(path) in said.out + said.err and status == (0 if "optim" in path.name else 2), (path, said)
             assert not bad.path.exists()
         path.write_bytes(whole)
