@@ -169,8 +169,8 @@ def pictures(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def adder_base(tmp_path_factory) -> Path:
-    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn: taught once,
-    by the worker that comes first. Do not write into it: take `base`."""
+    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn, and whose tables
+    are bfloat16: taught once, by the worker that comes first. Do not write into it: take `base`."""
     many = "PYTEST_XDIST_WORKER" in os.environ
     base = tmp_path_factory.getbasetemp().parent / "adder" if many else tmp_path_factory.mktemp("adder")
     folder = base / "chatsft_checkpoints" / "adder"
@@ -188,7 +188,9 @@ def teach_adder(folder: Path) -> None:
     model.raw_config = shape
     learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
     chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=64)
-    gpt.save_checkpoint(folder, 150, learner.model, learner.model.state_dict(), tokenizer)
+    state = learner.model.state_dict()
+    learner.model.stored_types = {key: torch.bfloat16 for key in state if "wte" in key or "value_embeds" in key}
+    gpt.save_checkpoint(folder, 150, learner.model, state, tokenizer)
 
 
 @pytest.fixture
