@@ -138,7 +138,8 @@ def test_an_evaluation_moves_nothing(base, capfd):
     kept, first = {path: path.read_bytes() for path in (out / "adder").iterdir()}, metrics(base)
     for flags in ([], ["--temperature=0.5"], ["--seed=1"]):
         assert main(base, *SMALL, "--max-steps=0", *flags) == 0
-        assert {path.name for path in (out / EVALUATION).iterdir()} == {"metrics.jsonl", "samples_000000.jsonl", "curve.png"}
+        assert {path.name for path in (out / EVALUATION).iterdir()} == {
+            "run.json", "chat_rl.py", "gpt.py", "metrics.jsonl", "samples_000000.jsonl", "curve.png"}
         line, = metrics(base, EVALUATION)
         assert (untimed(line) == untimed(first[0])) == ("--seed=1" not in flags)
         assert str(out / EVALUATION) in capfd.readouterr().out
