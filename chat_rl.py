@@ -39,7 +39,7 @@ import time
 import unicodedata
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1298,7 +1298,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
         except filelock.Timeout:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
         if not run.step and out.exists() and any(out.iterdir()):
-            place = out.parent / "previous" / f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             place.parent.mkdir(exist_ok=True)
             out.rename(place)
             say(f"the earlier run of {out.name} is now in {place}")
