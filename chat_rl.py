@@ -38,8 +38,8 @@ import textwrap
 import time
 import unicodedata
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
@@ -974,8 +974,9 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             words += flags.grader == "boxed-math" and all(map(literal, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
-        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than {limit} tokens, "
-        f"others lack an answer that the grader can read; {words} have one that counts in the same words only"
+        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} tokens "
+        "that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
+        f"{words} have one that counts in the same words only"
     )
     if not examples:
         columns = ", ".join(next(iter(records), ()))
@@ -1172,11 +1173,9 @@ class Log:
         if interrupted:
             say(f"interrupted after step {run.step} of {run.num_steps}: go on with --resume")
         rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
-        if rewards:
-            tests = [describe_evaluation(line) for line in self.lines if evaluation_keys(line)]
-            for name, test in zip(("before", "after"), [*tests[:1], *tests[-1:]]):
-                say(f"{name:7} {test}")
-            say(f"reward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
+        tests = [describe_evaluation(line) for line in self.lines if evaluation_keys(line)]
+        if rewards and tests:
+            say(f"before  {tests[0]}\nafter   {tests[-1]}\nreward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
             self.plot()
         say(f"curve   {self.out / 'curve.png'}\n{'saved' if rewards else 'samples'} in {self.out}")
         with self.best_effort():
@@ -1239,7 +1238,7 @@ def make_starter(folder: Path) -> None:
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     model.raw_config = shape
     learner = Learner(model, Ranks(torch.device("cpu")), torch.float32)
-    flags = replace(Flags(), **TASKS["arithmetic"])
+    flags = Flags(**TASKS["arithmetic"])
     examples = load_examples(flags, tokenizer, shape["sequence_len"], flags.data, "train")
     steps = teach(learner, tokenizer, examples, goal=0.6, size=128)
     gpt.save_checkpoint(folder, steps, learner.model, learner.model.state_dict(), tokenizer)
@@ -1288,20 +1287,6 @@ def find_state(out: Path, step: int | None) -> dict:
 KEPT = ("argv", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, besides what learns
 
 
-def check_changes(before: Flags, flags: Flags) -> None:
-    """Says what is not as it was when the run went on. Raises UserError on what makes the state another shape."""
-    of_this_start = {"resume", "name", "model_tag", "model_step"}
-    changes = [
-        f"--{key.replace('_', '-')} {value}, not {getattr(before, key)}"
-        for key, value in asdict(flags).items()
-        if value != getattr(before, key) and key not in of_this_start
-    ]
-    if changes:
-        say(f"going on with {'; '.join(changes)}")
-    if before.lora_rank != flags.lora_rank:
-        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-
-
 def open_folder(run: Run, stack: ExitStack) -> None:
     """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
     this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
@@ -1312,17 +1297,16 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
         except filelock.Timeout:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
-        if run.num_steps and not run.step and out.exists() and any(out.iterdir()):
-            place = out.parent / "previous" / f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if not run.step and out.exists() and any(out.iterdir()):
+            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             place.parent.mkdir(exist_ok=True)
             out.rename(place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(exist_ok=True)
-        if run.num_steps:
-            about = {key: getattr(run, key) for key in KEPT} | {"flags": asdict(run.flags), "torch": torch.__version__}
-            gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
-            for script in (__file__, gpt.__file__):
-                gpt.write_file(out / Path(script).name, Path(script).read_bytes())
+        about = {key: getattr(run, key) for key in KEPT} | {"flags": asdict(run.flags), "torch": torch.__version__}
+        gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
+        for script in (__file__, gpt.__file__):
+            gpt.write_file(out / Path(script).name, Path(script).read_bytes())
 
 
 def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
@@ -1344,8 +1328,12 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
         out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
     state = find_state(out, given.model_step) if given.resume else {}
     state = dict(zip(KEPT, ([], source, given.model_step, os.urandom(4).hex(), 0))) | state
-    before, argv = state["argv"], state["argv"] + argv
+    if state["step"]:
+        say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
+    before, argv = parse_flags(state["argv"], {}), state["argv"] + argv
     given = parse_flags(argv, {})
+    if state["step"] and given.lora_rank != before.lora_rank:
+        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
     if name == "starter" and not Path(place).exists():
@@ -1353,16 +1341,9 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
-    kind = "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    kind = "starter" if name == "starter" else kind
+    kind = "starter" if name == "starter" else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
     flags = settle_flags(argv, kind)
-    if state["step"]:
-        check_changes(settle_flags(before, kind), flags)
-    limit = model.config.max_positions - flags.max_new_tokens
-    if limit < 1:
-        raise UserError(f"--max-new-tokens {flags.max_new_tokens} leaves no room for a question in the model's "
-                        f"{model.config.max_positions} positions: lower it")
-    questions, tests = load_task(flags, tokenizer, limit)
+    questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     num_steps = flags.max_steps
