@@ -85,6 +85,14 @@ def scripted_model(successors: dict[int, list[int]], default: int) -> gpt.GPT:
     return model
 
 
+def shared(*parts: str) -> Path:
+    """What lies beside the project; without it the test is skipped."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
 def chat(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
