@@ -215,26 +215,20 @@ def environment(base: Path, **more: str) -> dict:
     return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "ROOT": str(ROOT), **more}
 
 
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """Undoes what a run does to the handlers of signals. Ctrl-C is heard, also where the tests run in the background."""
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl in this process; returns its exit status. Ctrl-C is heard, also where the tests run in the background, and
+    the handlers of signals stay what they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def main(base: Path, *flags: str) -> int:
-    """Runs chat_rl in this process; returns its exit status."""
-    with pytest.MonkeyPatch.context() as patch, signals_kept():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         try:
             return chat_rl.main([str(flag) for flag in flags])
         except SystemExit as end:
             return end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def free_port() -> int:
@@ -278,14 +272,6 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
     return done
 
 
-def run_alone(base: Path, *flags: str, status: int = 0, **more: str) -> subprocess.CompletedProcess:
-    """Runs chat_rl.py to its end as a user does, with an interpreter of its own."""
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *map(str, flags)], env=environment(base, **more),
-                          cwd=base, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
 def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.005) -> Any:
     """The first true value of condition(), asked again and again; fails after that many seconds."""
     end = time.monotonic() + seconds
@@ -318,11 +304,14 @@ def out(base: Path, tag: str = "adder") -> Path:
     return base / "chatrl_checkpoints" / tag
 
 
-def last_step(base: Path, tag: str = "adder") -> int:
-    """The last step that metrics.jsonl tells of, −1 where there is none; the file may be in the middle of a line."""
-    path = out(base, tag) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if '"reward"' in line), default=-1)
+def metrics(base: Path, tag: str = "adder") -> list[dict]:
+    return [json.loads(line) for line in (out(base, tag) / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_step(base: Path) -> int:
+    """The last step that metrics.jsonl tells of, −1 where there is none."""
+    lines = metrics(base) if (out(base) / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines if "reward" in line), default=-1)
 
 
 def reach(process: Fork | subprocess.Popen, base: Path, step: int) -> None:
@@ -331,51 +320,39 @@ def reach(process: Fork | subprocess.Popen, base: Path, step: int) -> None:
     assert process.poll() is None, f"it ended before it could be stopped:\n{output(base)}"
 
 
-def metrics(base: Path, tag: str = "adder") -> list[dict]:
-    path = base / "chatrl_checkpoints" / tag / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def weights(base: Path, step: int, tag: str = "adder") -> dict[str, torch.Tensor]:
-    return torch.load(base / "chatrl_checkpoints" / tag / f"model_{step:06d}.pt", weights_only=True)
+    return torch.load(out(base, tag) / f"model_{step:06d}.pt", weights_only=True)
+
+
+def samples(base: Path, step: int, tag: str = "adder", kind: str = "") -> list[dict]:
+    return [json.loads(line) for line in (out(base, tag) / f"samples_{step:06d}{kind}.jsonl").read_text().splitlines()]
 
 
 def untimed(line: dict) -> dict:
     """A line of metrics.jsonl without what depends on the clock."""
-    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds", "evaluation_seconds")}
+    return {key: x for key, x in line.items() if "second" not in key}
 
 
-def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = 12) -> None:
+def assert_same_run(base: Path, whole: Path, step: int = 12) -> None:
     """Bit for bit the same weights, and the same metrics apart from times."""
-    mine, other = weights(base, step, tag), weights(whole, step, tag)
+    mine, other = weights(base, step), weights(whole, step)
     assert mine.keys() == other.keys()
     for key, tensor in other.items():
         assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
-    assert [untimed(line) for line in metrics(base, tag)] == [untimed(line) for line in metrics(whole, tag)]
+    assert [untimed(line) for line in metrics(base)] == [untimed(line) for line in metrics(whole)]
 
 
-def assert_readable(base: Path, tag: str = "adder") -> None:
+def assert_readable(base: Path) -> None:
     """metrics.jsonl and samples are JSON to their end, and curve.png is a picture."""
-    for path in (out(base, tag) / "metrics.jsonl", *out(base, tag).glob("samples_*.jsonl")):
+    for path in (out(base) / "metrics.jsonl", *out(base).glob("samples_*.jsonl")):
         text = path.read_text()
         assert text.endswith("\n") and [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-    picture = (out(base, tag) / "curve.png").read_bytes()
+    picture = (out(base) / "curve.png").read_bytes()
     assert picture == b"a picture" or matplotlib.image.imread(io.BytesIO(picture)).std() > 0
 
 
-def cut_back(base: Path, step: int, tag: str = "adder") -> None:
+def cut_back(base: Path, step: int) -> None:
     """Takes away the checkpoints after a step, as if the run had been killed before they were written."""
-    for path in out(base, tag).glob("*_*.*"):
+    for path in out(base).glob("*_*.*"):
         if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
             path.unlink()
-
-
-def copies(base: Path, *tags: str) -> None:
-    """Copies the checkpoint `adder` under other tags."""
-    for tag in tags:
-        shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / tag)
-
-
-def samples(base: Path, step: int, tag: str = "adder", kind: str = "") -> list[dict]:
-    path = base / "chatrl_checkpoints" / tag / f"samples_{step:06d}{kind}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,12 +3,14 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat, copies, distance, main, metrics, out, run, run_alone, samples, untimed, weights
+from conftest import ROOT, SMALL, chat, distance, environment, main, metrics, out, run, samples, untimed, weights
 
 import chat_rl
 import gpt
@@ -121,10 +123,12 @@ def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
 def test_the_default_tag_is_the_largest(base):
     """Without --model-tag the largest d<N> is taken, by number; without any the newest folder."""
     flags = [flag for flag in SMALL if "tag" not in flag] + ["--max-steps=0"]
-    copies(base, "older")
-    os.utime(base / "chatsft_checkpoints" / "older", (1, 1))
+    adder, *others = [base / "chatsft_checkpoints" / tag for tag in ("adder", "older", "d9", "d12-long")]
+    shutil.copytree(adder, others[0])
+    os.utime(others[0], (1, 1))
     assert main(base, *flags) == 0 and metrics(base, "evaluations/adder")
-    copies(base, "d9", "d12-long")
+    for other in others[1:]:
+        shutil.copytree(adder, other)
     assert main(base, *flags) == 0 and metrics(base, "evaluations/d12-long")
 
 
@@ -132,8 +136,10 @@ def test_a_run_as_users_start_it(base):
     """Files are UTF-8 whatever the locale, and W&B keeps an offline run in the run's folder."""
     (base / "tests.jsonl").write_text('{"question": "Combien coûte 1 €?", "answer": 1}', "utf-8")
     (base / "shots.json").write_text('[{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]', "utf-8")
-    done = run_alone(base, *SMALL, "--max-steps=1", "--run=x", "--eval-data=tests.jsonl", "--few-shot=shots.json",
-                     HOME=str(base), WANDB_MODE="offline", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    flags = [*SMALL, "--max-steps=1", "--run=x", "--eval-data=tests.jsonl", "--few-shot=shots.json"]
+    env = environment(base, HOME=str(base), WANDB_MODE="offline", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert samples(base, 0)[0]["question"] == "Combien coûte 1 €?" and "Combien" in done.stdout
     assert len([*out(base).glob("wandb/offline-run-*/*.wandb")]) == 1 and "warning: no W&B" not in done.stdout
 
