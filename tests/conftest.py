@@ -272,6 +272,22 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
     return done
 
 
+def edited(base: Path, code: str) -> Path:
+    """A program that runs this code and then chat_rl."""
+    script = base / "edited.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, os.environ["ROOT"])
+import torch, chat_rl, gpt
+{code}
+status = chat_rl.main(sys.argv[1:])
+if "RANK" in os.environ:
+    os._exit(status)
+sys.exit(status)
+""")
+    return script
+
+
 def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.005) -> Any:
     """The first true value of condition(), asked again and again; fails after that many seconds."""
     end = time.monotonic() + seconds

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, ended, gpt, last_step, main, metrics, out,
+from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, edited, ended, gpt, last_step, main, metrics, out,
                       output, reach, run, started, wait_for, weights)
 
 STEPS = 12
@@ -22,9 +22,6 @@ RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=5", "--save-every=1"]
 
 # chat_rl with a fault of the given KIND in the steps STEPS; or one whose steps all take a fifth of a second longer.
 TROUBLE = """
-import os, sys, time
-sys.path.insert(0, os.environ["ROOT"])
-import chat_rl
 exact, questions = chat_rl.GRADERS["exact"], chat_rl.questions_of_step
 kind, steps, now = os.environ["KIND"], set(map(int, os.environ.get("STEPS", "").split())), []
 
@@ -40,14 +37,12 @@ def faulty(reference, text):
 
 chat_rl.questions_of_step = lambda run, step: now.append(step) or questions(run, step)
 chat_rl.GRADERS["exact"] = faulty
-sys.exit(chat_rl.main(sys.argv[1:]))
 """
 
 
 @pytest.fixture
 def trouble(base) -> Path:
-    (base / "trouble.py").write_text(TROUBLE)
-    return base / "trouble.py"
+    return edited(base, TROUBLE)
 
 
 @pytest.fixture(scope="module")

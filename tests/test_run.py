@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat, distance, environment, main, metrics, out, run, samples, untimed, weights
+from conftest import ROOT, SMALL, chat, distance, edited, environment, main, metrics, out, run, samples, untimed, weights
 
 import chat_rl
 import gpt
@@ -155,21 +155,12 @@ NO_TERMINAL = {
     "closed": "os.close(1); sys.stdout = sys.__stdout__ = None",
     "full": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); " + STDOUT,
     "pipe": "ends = os.pipe(); os.dup2(ends[1], 1); [os.close(end) for end in ends]; " + STDOUT}
-EDITED = """
-import os, sys, time
-sys.path.insert(0, os.environ["ROOT"])
-import torch, chat_rl, gpt
-{}
-sys.exit(chat_rl.main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize("kind", NO_TERMINAL)
 def test_no_terminal(base, kind):
     """A run ends and saves where stdout is ASCII, closed, a full disk or a pipe that nobody reads."""
-    script = base / "script.py"
-    script.write_text(EDITED.format(NO_TERMINAL[kind]))
-    done = run(base, *SMALL, "--max-steps=1", script=script)
+    done = run(base, *SMALL, "--max-steps=1", script=edited(base, NO_TERMINAL[kind]))
     assert done.stderr == "" and weights(base, 1) and len(metrics(base)) == 3
     assert ("pass@1" in done.stdout) == (kind == "ascii")
 
@@ -192,9 +183,7 @@ gpt.generate, torch.save = slow_generate, slow_save
 
 def test_tokens_per_second_of_many_ranks(base):
     """The tokens of all ranks are divided by the time of the slowest, also where rank 0 comes later, from a save."""
-    script = base / "script.py"
-    script.write_text(EDITED.format(SLOW_RANK))
-    run(base, *SMALL, "--max-steps=2", "--save-every=1", script=script, ranks=2)
+    run(base, *SMALL, "--max-steps=2", "--save-every=1", script=edited(base, SLOW_RANK), ranks=2)
     lines = [line for line in metrics(base) if "reward" in line]
     assert len(lines) == 2
     for line in lines:
