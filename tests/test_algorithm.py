@@ -81,7 +81,7 @@ def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1
     one.tokens[3:6], one.mask[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], False, 0
     two.tokens[-2:], two.mask[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], False, 0
     completions[0][2] = completion(three.tokens[:1], three.mask[:1], three.logprobs[:1])
-    completions[0][3] = completion([tokenizer.assistant_end], [True], [-1.0])
+    completions[0][3] = completion([tokenizer.assistant_end], [True], [-4.0])
     for c in completions[1][:3]:
         c.tokens[-1], c.mask[-1] = tokenizer.assistant_end, True
     return [Group(example(i, prompt), group, rewards=rewards, advantages=chat_rl.advantages_of(rewards))
@@ -110,7 +110,7 @@ def test_gradient_is_the_plain_one(tokenizer, generation, temperature, top_k):
         mine = gradient(model, groups, replace(flags, device_batch_size=size))
         assert distance(mine, plain) < 5e-6
         for (name, _), x, y in zip(model.named_parameters(), mine.split(sizes), plain.split(sizes)):
-            assert y.norm() > 0 and distance(x, y) < 5e-5, name
+            assert (x - y).norm() < 2e-5 * y.norm() + 1e-7 * plain.norm(), name    # a scalar is a sum that cancels
 
 
 def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
@@ -123,7 +123,7 @@ def test_stop_token_is_learned_and_forced_tokens_are_not(tokenizer):
     for c in stops:
         c.mask[-1] = False
     assert len(stops) >= 4
-    once_forced[0].completions[0].mask[3] = True
+    once_forced[0].completions[0].mask[3], once_forced[0].completions[0].logprobs[3] = True, -4.0
     reread[0].completions[0].tokens[4] = 57
     unread[0].completions[1].tokens[-1] = 57                                   # forced, and the last: nothing reads it
     for other in (cleared, once_forced, reread):
@@ -190,7 +190,7 @@ def world(tokenizer, monkeypatch):
         given = dict(examples_per_step=8, num_samples=4, max_new_tokens=10, device_batch_size=3, temperature=0.9, top_k=20,
                      init_lr_frac=0.1)
         examples = [example(i, tokenizer.render(chat(text)), "sometimes") for i, text in enumerate(QUESTIONS)]
-        run = Run(Flags(**{**given, **flags}), examples, {}, tokenizer, Path(), 10, "", None, "", 0)
+        run = Run(Flags(**{**given, **flags}), examples, {}, tokenizer, Path(), 10, [], "", None, "", 0)
         return run, cpu_learner(tiny_model())
 
     return make

@@ -280,8 +280,8 @@ def test_what_is_too_long_is_left_out(examples_of, tokenizer, capfd):
     limit = len(tokenizer.render(chat("a" * 6))) + 3
     assert [x.index for x in examples_of(rows, limit=limit, prefill="abc")] == [0, 1]
     said = capfd.readouterr().out
-    assert said.count("\n") == 1 and "2 of 3 questions" in said and f"1 are longer than {limit} tokens" in said
-    assert "3 are longer than 5 tokens" in refusal(examples_of, rows, limit=5)
+    assert said.count("\n") == 1 and "2 of 3 questions" in said and f"1 are longer than the {limit} tokens" in said
+    assert "3 are longer than the 5 tokens" in refusal(examples_of, rows, limit=5)
 
 
 def test_references_that_are_words_are_counted(examples_of, capfd):

@@ -158,7 +158,7 @@ def test_flags_may_change(finished, capfd):
     assert main(finished, *plain, "--lora-rank=3") == 2 and "--lora-rank" in capfd.readouterr().err
     assert main(finished, *plain, "--matrix-lr=0.5", "--max-steps=14") == 0
     said = capfd.readouterr().out
-    assert "going on with --max-steps 14, not 12; --matrix-lr 0.5, not 0.02" in said
+    assert f"going on after step 11 of {out(finished)} with --model-tag=adder --resume --matrix-lr=0.5 --max-steps=14\n" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0

@@ -266,7 +266,7 @@ def test_bad_checkpoint_and_bad_folder(base, capfd):
 def test_what_is_amiss_is_said_once(base):
     """Not by every rank."""
     done = run(base, *SMALL, "--task=chess", ranks=2, status=None)
-    assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: --task chess") == 1
+    assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: invalid choice 'chess'") == 1
     assert not (base / "chatrl_checkpoints").exists()
 
 
