@@ -18,6 +18,10 @@ for a baseline, or what is left of GRPO (Shao et al. 2024) when
 The policy is the distribution that is sampled from, after temperature and top-k, in the loss as in the sampler. Tokens
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
 tokenizers, checkpoints, optimizers) is gpt.py.
+
+Where to change what: a task in TASKS, the reward in reward_of, the baseline in advantages_of, the loss in loss_of, the
+schedule in lr_fraction, the distribution that is sampled from in gpt.Policy, what is logged in summarize, learn, step
+and evaluate, what is drawn in PANELS, a family of models in gpt.FAMILIES, how its weights learn in gpt.recipe_of.
 """
 
 from __future__ import annotations
@@ -188,8 +192,8 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
-    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun with,
-    and after that what is new. Raises UserError."""
+    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
+    with, and after that what is new. Raises UserError."""
     given = parse_flags(argv, MODELS[kind])
     adapters = MODELS["lora"] if given.lora_rank else {}
     return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
@@ -980,8 +984,8 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             words += flags.grader == "boxed-math" and all(map(literal, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
-        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} tokens "
-        "that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
+        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
+        "tokens that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
         f"{words} have one that counts in the same words only"
     )
     if not examples:
