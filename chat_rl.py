@@ -18,6 +18,10 @@ for a baseline, or what is left of GRPO (Shao et al. 2024) when
 The policy is the distribution that is sampled from, after temperature and top-k, in the loss as in the sampler. Tokens
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
 tokenizers, checkpoints, optimizers) is gpt.py.
+
+Where to change what: a task in TASKS, the reward in reward_of, the baseline in advantages_of, the loss in loss_of, the
+schedule in lr_fraction, the distribution that is sampled from in gpt.Policy, what is logged in summarize, learn, step
+and evaluate, what is drawn in PANELS, a family of models in gpt.FAMILIES, how its weights learn in gpt.recipe_of.
 """
 
 from __future__ import annotations
@@ -156,7 +160,7 @@ THINK = (
     "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, "
     "between <answer> and </answer>. Only what stands between the answer tags is scored."
 )
-MATH = "nlile/hendrycks-MATH-benchmark"     # Hendrycks et al. 2021: all 12,500 problems but the 500 of MATH-500, its test
+MATH = "nlile/hendrycks-MATH-benchmark"     # Hendrycks et al. 2021: 12,000 problems to learn from, MATH-500 to test
 TASKS = {
     "arithmetic": dict(data="sums", grader="exact"),
     "gsm8k": dict(data="openai/gsm8k:main", grader="number"),  # grade-school maths in words (Cobbe et al. 2021)
@@ -188,8 +192,8 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
-    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun with,
-    and after that what is new. Raises UserError."""
+    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
+    with, and after that what is new. Raises UserError."""
     given = parse_flags(argv, MODELS[kind])
     adapters = MODELS["lora"] if given.lora_rank else {}
     return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
@@ -667,10 +671,13 @@ MEASURED = re.compile(
           ) (?:\s*\^\s*\{?-?\d\}?)?
     )?)"""
 )
-# What is compared as words: text, cases, dots, primes, a:b:c, dates, two times, a set and a pair, and mere letters.
+# What is compared as words: text, derivatives, cases, dots, primes, a:b:c, dates, two times, two letters, a set and a
+# pair, and mere letters.
 PROSE = re.compile(
-    r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | ' | :.*: | \d/\d+/\d
-    | ^\d+:\d\d\n\d+:\d\d$ | ^(?:no|[IVX]{2,})$ | ^\([^()]*\)\n\\\{[^()<>]*$ | ^\\\{[^()<>]*\n\([^()]*\)$
+    r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\frac\{d | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | '
+    | :.*: | \d/\d+/\d
+    | ^\d+:\d\d\n\d+:\d\d$ | ^[a-zA-Z]\n[a-zA-Z]$ | ^(?:no|[IVX]{2,})$
+    | ^\([^()]*\)\n\\\{[^()<>]*$ | ^\\\{[^()<>]*\n\([^()]*\)$
     | ^(?=.*(?<![a-zA-Z\d\\])[a-zA-Z]{3})(?:\\angle|\\triangle|[\w\s.,;:'()&-])+$
     """
 )
@@ -680,6 +687,7 @@ HEAVY = re.compile(
     | \\(?:sum|prod|i+nt|oint|lim) | (?:\^|\\exp).*\\exp
     | !\s*! | [)}\]]\s*! | (?:\^|\d{4}).*(?:(?<!\\)!|binom|choose) | (?:(?<!\\)!|binom|choose).*(?:\^|\d{4})
     | ^(?:$|[<>/]|\\[lg]e\b) | (?:[-+/:<>]|\\(?:cup|cap|cdot|times|pm|[lg]e)\s?)$    # nothing, half of something
+    | \d\s*_\s*\{[^}]*[^\w{}\s]                   # a number with a subscript that is no base
     | \^\s*$ | \^\s*[^{}\s]\s*\^ | \^\s*\{(?:[^{}]|\{[^{}]*\})*(?:\^|\{[^{}]*\{|\Z) | \^\s*\{(?:[^}]*\d){5}
     """
 )
@@ -731,9 +739,10 @@ def serve() -> None:
     """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
     are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
     import json, os, re, signal, sys
-    from functools import lru_cache
+    from functools import lru_cache, partial
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, grader, parse
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify import LatexExtractionConfig, grader, parse, parser
     from sympy import Float, nsimplify, simplify
 
     def close(a, b, *_):
@@ -750,6 +759,7 @@ def serve() -> None:
         return near and (error.is_number or simplify(error) == 0)
 
     grader.sympy_numeric_eq = grader.sympy_symbolic_eq = close      # its own takes all that is near 0 for 0
+    parser.latex2sympy = partial(latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
     config = LatexExtractionConfig(normalization_config=NormalizationConfig(nits=True, malformed_operators=True))
 
     @lru_cache
@@ -974,8 +984,8 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             words += flags.grader == "boxed-math" and all(map(literal, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
-        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} tokens "
-        "that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
+        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
+        "tokens that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
         f"{words} have one that counts in the same words only"
     )
     if not examples:
@@ -1028,7 +1038,7 @@ def json_lines(records: list[dict]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in finite).encode()
 
 
-PANELS = [                                  # of curve.png: metrics that share a picture; the evaluations have one of their own
+PANELS = [                                  # of curve.png: metrics that share a picture; the evaluations have their own
     ["reward"],
     ["completion_length"],
     ["truncated"],
@@ -1412,8 +1422,8 @@ def main(argv: list[str]) -> int:
         try:
             status = start(argv, stack)
         except torch.OutOfMemoryError:
-            text = ("the device's memory is full: lower --rollout-batch-size where it samples, --device-batch-size where "
-                    "it learns, or --recompute, and go on with --resume")
+            text = ("the device's memory is full: lower --rollout-batch-size where it samples, --device-batch-size "
+                    "where it learns, or --recompute, and go on with --resume")
         except UserError as error:
             text, status = error, 2
         except (OSError, ArithmeticError) as error:
