@@ -239,14 +239,16 @@ def free_port() -> int:
 
 @contextmanager
 def forks(base: Path, flags: tuple, ranks: int, script: Path, out: Path, error: Path, **more: str) -> Iterator[list[Fork]]:
-    """A process for each rank, or one without any, that print to two files, or to one. In the end none of them is left."""
+    """A process for each rank, or one without any, that print to two files, or to one. In the end none of them is left. Only
+    rank 0 has the base folder: the others are on another machine."""
     for path in (out, error):
         path.write_bytes(b"")
     places = [{}]
     if ranks:
         shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(ranks))
-        places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+        places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i), NANOCHAT_BASE_DIR=str(base / "elsewhere" if i else base))
+                  for i in range(ranks)]
     draws = matplotlib.figure.Figure.savefig is DRAW
     processes = [Fork(script, [*map(str, flags)], base, environment(base, **place, **more), out, error, draws)
                  for place in places]
