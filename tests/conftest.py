@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -272,6 +273,17 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
     done = subprocess.CompletedProcess([str(script), *flags], max(statuses, key=abs), *texts)
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can be larger than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def edited(base: Path, code: str) -> Path:

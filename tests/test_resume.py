@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import time
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, edited, ended, gpt, last_step, main, metrics, out,
-                      output, reach, run, started, wait_for, weights)
+from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, edited, ended, full_disk, gpt, last_step, main,
+                      metrics, out, output, reach, run, started, wait_for, weights)
 
 STEPS = 12
 RUN = [*SMALL, f"--max-steps={STEPS}", "--eval-every=5", "--save-every=1"]
@@ -136,13 +135,9 @@ def test_full_disk(finished, whole, capfd):
     """Where the disk is full (a limit on the size of files stands for it), there is one clear line and no half file; the run
     goes on from the last checkpoint once there is space."""
     cut_back(finished, 11)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size, status in ((400_000, 1), (60_000, 2)):        # no room for the weights, for the script
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
+        with full_disk(size):
             assert main(finished, *RUN, "--resume") == status
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         one_line(capfd.readouterr().err, out(finished), "File too large")
     assert_readable(finished)
     assert not list(out(finished).glob("*.part"))

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,15 +134,17 @@ def test_the_default_tag_is_the_largest(base):
 
 
 def test_a_run_as_users_start_it(base):
-    """Files are UTF-8 whatever the locale, and W&B keeps an offline run in the run's folder."""
+    """Files are UTF-8 whatever the locale, W&B keeps an offline run in the run's folder, and no time is lost with importing
+    transformers, which nanochat's models do not need."""
     (base / "tests.jsonl").write_text('{"question": "Combien coûte 1 €?", "answer": 1}', "utf-8")
     (base / "shots.json").write_text('[{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]', "utf-8")
     flags = [*SMALL, "--max-steps=1", "--run=x", "--eval-data=tests.jsonl", "--few-shot=shots.json"]
     env = environment(base, HOME=str(base), WANDB_MODE="offline", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert samples(base, 0)[0]["question"] == "Combien coûte 1 €?" and "Combien" in done.stdout
     assert len([*out(base).glob("wandb/offline-run-*/*.wandb")]) == 1 and "warning: no W&B" not in done.stdout
+    assert re.search(r"\| +torch$", done.stderr, re.M) and not re.search(r"\| +transformers$", done.stderr, re.M)
 
 
 def test_without_an_account_at_weights_and_biases_it_warns(base):
