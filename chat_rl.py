@@ -1297,7 +1297,7 @@ def make_starter(folder: Path) -> None:
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     model.raw_config = shape
-    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32)
+    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, Flags())
     flags = replace(Flags(), **TASKS["arithmetic"])
     examples = load_examples(flags, tokenizer, shape["sequence_len"], flags.data, "train")
     steps = teach(learner, tokenizer, examples, goal=0.6, size=128)
@@ -1452,8 +1452,7 @@ def prepare(argv: list[str], device: torch.device, stack: ExitStack) -> tuple[Ru
 def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's model and the state that it goes on from."""
     flags = run.flags
-    rates = gpt.Rates(flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay)
-    learner = Learner(model, ranks, getattr(torch, flags.dtype), rates)
+    learner = Learner(model, ranks, getattr(torch, flags.dtype), flags)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)
@@ -1466,7 +1465,7 @@ def save(run: Run, learner: Learner) -> None:
     state = learner.save_state()
     if learner.ranks.rank:
         return
-    weights = {**learner.model.state_dict(), **learner.named(state["masters"])}
+    weights = {**learner.model.state_dict(), **state["masters"]}
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.source)
     about = {key: getattr(run, key) for key in ("source", "source_step", "wandb_id", "step")}
     content = partial(torch.save, {**state, **about, "flags": asdict(run.flags)})

@@ -115,20 +115,21 @@ class Ranks:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Adds the ranks' tensors up on their owner, in place; those of the others are spoilt."""
-        if self.size > 1 and len(tensor):
-            dist.reduce(tensor, owner)
+    def add_up(self, tensor: Tensor) -> None:
+        """Overwrites the ranks' tensors with their sum."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor, owner: int = 0) -> None:
         """Overwrites the ranks' tensors with their owner's."""
         if self.size > 1 and len(tensor):
             dist.broadcast(tensor, owner)
 
-    def move(self, tensor: Tensor, source: int, target: int) -> None:
-        """Overwrites the target's tensor with the source's; for these two ranks alone."""
-        if source != target and len(tensor):
-            dist.send(tensor, target) if self.rank == source else dist.recv(tensor, source)
+    def exchange(self, mine: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Fills the parts, one of each rank's, with what is theirs, rounded to their type."""
+        parts[self.rank].copy_(mine)
+        for owner, part in enumerate(parts):
+            self.broadcast(part, owner)
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -1449,18 +1450,7 @@ def muon(p: Tensor, gradient: Tensor, average: Tensor, lr: float) -> None:
     p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(1) / p.size(2))))
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates, and the weight decay of the embedding and the unembedding."""
-
-    embedding_lr: float = 0.2
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How parameters learn: with Muon, matrices of one shape; else with AdamW (Loshchilov and Hutter 2019)."""
 
     lr: float
@@ -1470,9 +1460,10 @@ class Recipe:
     shape: torch.Size = torch.Size()        # of Muon's matrices
 
 
-def recipe_of(name: str, shape: torch.Size, config: Config, rates: Rates) -> Recipe:
+def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recipe:
     """nanochat's models learn as nanochat has it, the matrices of their blocks with Muon unless these are adapters;
-    others with AdamW throughout, norms and biases at the embedding's rate."""
+    others with AdamW throughout, norms and biases at the embedding's rate. `rates` is anything with an embedding_lr,
+    an unembedding_lr, a matrix_lr and a weight_decay, which is for the two tables."""
     nanochat = not config.norm_weights
     scale = (config.n_embd / 768) ** -0.5 if nanochat else 1.0
     embedding = rates.embedding_lr * scale
@@ -1492,134 +1483,46 @@ def recipe_of(name: str, shape: torch.Size, config: Config, rates: Rates) -> Rec
     return Recipe(lr, betas, 1e-10, decay, shape if matrix and not config.lora_rank else torch.Size())
 
 
-class Segment(NamedTuple):
-    """A stretch of the vectors of a Learner, all of whose parameters learn alike."""
-
-    recipe: Recipe
-    start: int
-    stop: int
-    atom: int                               # elements that stay together: a matrix of Muon's, or 64
-
-
-def cuts_of(segments: list[Segment], num_ranks: int) -> list[int]:
-    """Where the shares of so many ranks begin and end, which take as much state but for half an atom."""
-    costs = [(segment.stop - segment.start) * (2 if segment.recipe.shape else 3) for segment in segments]
-    cuts = [0]
-    for rank in range(1, num_ranks):
-        aim = sum(costs) * rank / num_ranks
-        for (_, start, stop, atom), cost in zip(segments, costs):
-            if 0 <= aim < cost:
-                cuts.append(start + round(aim / cost * (stop - start) / atom) * atom)
-            aim -= cost
-    return [*cuts, segments[-1].stop]
+def recipes_of(model: GPT, rates: Any) -> dict[Recipe, dict[str, torch.Size]]:
+    """What learns, by how it does: names and shapes of parameters."""
+    recipes = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            recipes.setdefault(recipe_of(name, p.shape, model.config, rates), {})[name] = p.shape
+    return recipes
 
 
-class Learner:
-    """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
-    al. 2020).
+def views_of(vector: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Parameters of these shapes in a vector, each at a multiple of 64 elements."""
+    pieces = vector.split([rounded_up(shape.numel(), 64) for shape in shapes.values()])
+    return {name: x[: shape.numel()].view(shape) for x, (name, shape) in zip(pieces, shapes.items())}
 
-    The parameters that learn are views of one vector of weights, in the type of the arithmetic; those that learn alike
-    lie together, each at a multiple of 64 elements. Gradients are added up in a float32 vector alike. Each rank owns a
-    share of both, and has its `state`: float32 masters, which in float32 are the weights, and the optimizers' averages.
-    """
 
-    def __init__(self, source: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Rates = Rates()):
-        """From rank 0's model on a CPU, whose weights may have any types."""
-        self.ranks = ranks
-        self.steps = 0
-        self.model = empty_model(ranks.share(source and source.config)).to(dtype)
-        self.lay_out(rates)
-        self.weights = torch.zeros(self.cuts[-1], dtype=dtype, device=ranks.device)
-        self.gradient = torch.zeros(self.cuts[-1], device=ranks.device)
-        self.state = {name: torch.zeros_like(self.gradient[self.share_of(ranks.rank, name)]) for name in self.ends}
-        if dtype == torch.float32:
-            self.state["masters"] = self.weights[self.mine]
-        self.take_over(source)
+class Segment:
+    """Parameters that learn alike, which lie together in a Learner's vectors. Each rank owns a part of them, and has its
+    `state`: float32 masters, which in float32 are the weights, and the optimizer's averages."""
 
-    def lay_out(self, rates: Rates) -> None:
-        """Gives each parameter that learns its place, and each rank its share."""
-        shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
-        members = {}                        # recipe -> names
-        for name, shape in shapes.items():
-            members.setdefault(recipe_of(name, shape, self.model.config, rates), []).append(name)
-        self.places, self.segments, end = {}, [], 0  # name -> (start, shape)
-        for recipe, names in sorted(members.items(), key=lambda item: len(item[0].shape)):  # AdamW's before Muon's
-            start = end
-            for name in names:
-                self.places[name] = end, shapes[name]
-                end += rounded_up(shapes[name].numel(), 64)
-            atom = (end - start) // len(names) if recipe.shape else 64
-            self.segments.append(Segment(recipe, start, end, atom))
-        squared = [segment.stop for segment in self.segments if not segment.recipe.shape]
-        self.ends = {"masters": end, "exp_avg": end, "exp_avg_sq": max(squared, default=0)}
-        self.cuts = cuts_of(self.segments, self.ranks.size)
-        self.mine = self.share_of(self.ranks.rank)
+    def __init__(self, recipe: Recipe, shapes: dict[str, torch.Size], weights: Tensor, gradient: Tensor, ranks: Ranks):
+        self.recipe = recipe
+        self.parameters = views_of(weights, shapes)
+        self.gradients = views_of(gradient, shapes)
+        atom = rounded_up(recipe.shape.numel(), 64)  # elements that stay together: a matrix of Muon's, or 64
+        self.weight_parts = weights.view(-1, atom).tensor_split(ranks.size)  # of the ranks, each (n, atom)
+        self.gradient_parts = gradient.view(-1, atom).tensor_split(ranks.size)
+        self.gradient = self.gradient_parts[ranks.rank]
+        self.state = {"masters": self.weight_parts[ranks.rank].float(), "exp_avg": torch.zeros_like(self.gradient)}
+        if not recipe.shape:                # Muon needs no squares
+            self.state["exp_avg_sq"] = torch.zeros_like(self.gradient)
 
-    def share_of(self, rank: int, of: str = "masters") -> slice:
-        """A rank's share of the vectors of that name; Muon needs no squares."""
-        return slice(*(min(cut, self.ends[of]) for cut in self.cuts[rank : rank + 2]))
-
-    def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parameters that lie in a vector like that of the weights."""
-        return {name: vector[i : i + shape.numel()].view(shape) for name, (i, shape) in self.places.items()}
-
-    @torch.no_grad()
-    def take_over(self, source: GPT | None) -> None:
-        """Makes the model's parameters views of the vectors, with the weights of rank 0's model."""
-        theirs = dict(source.named_parameters()) if source else {}
-        parameters = self.named(self.weights)
-        for name, p in self.model.named_parameters():
-            if name not in parameters:      # the base of adapters
-                x = theirs[name].data if source else torch.empty_like(p, device="cpu")
-                parameters[name] = x.to(self.ranks.device, p.dtype)
-                self.ranks.broadcast(parameters[name])
-        self.model.load_state_dict(parameters, assign=True)
-        for name, gradient in self.named(self.gradient).items():
-            p = self.model.get_parameter(name)
-            p.grad_dtype = torch.float32
-            p.grad = gradient
-        masters = torch.zeros(self.cuts[-1]) if source else None
-        if source:
-            vars(self.model).update(stored_types=source.stored_types, raw_config=source.raw_config)
-            for name, x in self.named(masters).items():
-                x.copy_(theirs[name])
-        self.scatter(masters, "masters")
-        self.publish()
-
-    @torch.no_grad()
-    def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
-        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its share, at this
-        fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
-        not finite no step is made."""
-        for rank in range(self.ranks.size):
-            self.ranks.reduce(self.gradient[self.share_of(rank)], rank)
-        gradient = self.gradient[self.mine].div_(num_tokens)
-        norm = math.hypot(*self.ranks.all_gather(gradient.norm().item()))
-        if clip and norm > clip:
-            gradient.mul_(clip / norm)
-        if math.isfinite(norm):
-            self.steps += 1
-            for segment in self.segments:
-                self.step(segment, fraction)
-            self.publish()
-        return norm
-
-    def step(self, segment: Segment, fraction: float) -> None:
-        """Steps this rank's part of a segment."""
-        recipe = segment.recipe
-        start = max(segment.start, self.mine.start)
-        stop = min(segment.stop, self.mine.stop)
-        if start >= stop:
-            return
-        inside = slice(start - self.mine.start, stop - self.mine.start)
-        p, average, squares = (x[inside] for x in self.state.values())
-        gradient = self.gradient[start:stop]
+    def step(self, steps: int, fraction: float) -> None:
+        """Steps this rank's part."""
+        recipe = self.recipe
+        masters, average, *squares = self.state.values()
         if recipe.shape:
-            rows = (x.view(-1, segment.atom)[:, : recipe.shape.numel()] for x in (p, gradient, average))
+            rows = (x[:, : recipe.shape.numel()] for x in (masters, self.gradient, average))
             return muon(*(x.unflatten(1, recipe.shape) for x in rows), recipe.lr * fraction)
-        steps = torch.tensor(float(self.steps), device=p.device)
         adamw(
-            [p], [gradient], [average], [squares], [], [steps - 1],
+            [masters], [self.gradient], [average], squares, [], [torch.tensor(steps - 1.0, device=masters.device)],
             lr=recipe.lr * fraction,
             beta1=recipe.betas[0],
             beta2=recipe.betas[1],
@@ -1627,44 +1530,86 @@ class Learner:
             weight_decay=recipe.weight_decay,
             amsgrad=False,
             maximize=False,
-            fused=p.is_cuda,
+            fused=masters.is_cuda,
         )
 
-    def publish(self) -> None:
-        """Rounds this rank's masters to weights, and sends all ranks' weights round."""
-        self.weights[self.mine].copy_(self.state["masters"])
-        for rank in range(self.ranks.size):
-            self.ranks.broadcast(self.weights[self.share_of(rank)], rank)
 
-    def gather(self, name: str) -> Tensor | None:
-        """All ranks' shares of a vector of the state, one after another into one in rank 0's host memory."""
-        me, share = self.ranks.rank, self.state[name]
-        whole = torch.empty(self.ends[name]) if me == 0 else None
-        for rank in range(self.ranks.size) if me == 0 else {me}:
-            part = self.share_of(rank, name)
-            x = share if rank == me else share.new_empty(part.stop - part.start)
-            self.ranks.move(x, rank, 0)
-            if whole is not None:
-                whole[part] = x
-        return whole
+class Learner:
+    """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
+    al. 2020).
 
-    def scatter(self, whole: Tensor | None, name: str) -> None:
-        """Gives each rank its share of a vector in rank 0's host memory, one after another."""
-        me, share = self.ranks.rank, self.state[name]
-        for rank in range(self.ranks.size) if me == 0 else {me}:
-            part = self.share_of(rank, name)
-            x = share if rank == me else share.new_empty(part.stop - part.start)
-            if whole is not None:
-                x.copy_(whole[part])
-            self.ranks.move(x, 0, rank)
+    The parameters that learn are views of one vector of weights, in the type of the arithmetic. Gradients are added up
+    in a float32 vector alike, which between updates carries state from rank to rank.
+    """
 
+    @torch.no_grad()
+    def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
+        """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
+        self.ranks = ranks
+        config = ranks.share(model and model.config)
+        self.model = model or empty_model(config)
+        recipes = recipes_of(self.model, rates)
+        sizes = [sum(rounded_up(shape.numel(), 64) for shape in shapes.values()) for shapes in recipes.values()]
+        self.weights = torch.zeros(sum(sizes), dtype=dtype, device=ranks.device)
+        self.gradient = torch.zeros(sum(sizes), device=ranks.device)
+        stretches = zip(recipes.items(), self.weights.split(sizes), self.gradient.split(sizes))
+        self.segments = [Segment(*item, weights, gradient, ranks) for item, weights, gradient in stretches]
+        theirs = dict(model.named_parameters()) if model else {}
+        parameters = {}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:         # the base of adapters
+                x = p if model else torch.empty_like(p, device="cpu")
+                parameters[name] = x.to(ranks.device, dtype)
+                ranks.broadcast(parameters[name])
+        for segment in self.segments:
+            parameters |= segment.parameters
+        self.model.load_state_dict(parameters, assign=True)
+        for segment in self.segments:
+            for name, gradient in segment.gradients.items():
+                p = self.model.get_parameter(name)
+                p.grad_dtype = torch.float32
+                p.grad = gradient
+        self.load_state({"updates": 0, "masters": theirs})
+
+    @torch.no_grad()
+    def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
+        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its parts, at this
+        fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
+        not finite no step is made."""
+        self.ranks.add_up(self.gradient)
+        norm = self.gradient.div_(num_tokens).norm().item()
+        if clip and norm > clip:
+            self.gradient.mul_(clip / norm)
+        if math.isfinite(norm):
+            self.steps += 1
+            for segment in self.segments:
+                segment.step(self.steps, fraction)
+                self.ranks.exchange(segment.state["masters"], segment.weight_parts)
+        return norm
+
+    @torch.no_grad()
     def save_state(self) -> dict:
-        """On rank 0 what a run goes on from: the number of updates, and vectors of float32 masters and averages."""
-        return {"updates": self.steps, **{name: self.gather(name) for name in self.state}}
+        """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
+        averages, in host memory. The gradient is lost."""
+        state = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for segment in self.segments:
+            for name, mine in segment.state.items():
+                self.ranks.exchange(mine, segment.gradient_parts)
+                if self.ranks.rank == 0:
+                    state[name] |= {key: x.to("cpu", copy=True) for key, x in segment.gradients.items()}
+        self.gradient.zero_()
+        return state
 
+    @torch.no_grad()
     def load_state(self, state: dict) -> None:
-        """Takes up rank 0's, which another number of ranks may have saved."""
+        """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
         self.steps = self.ranks.share(state.get("updates"))
-        for name in self.state:
-            self.scatter(state.get(name), name)
-        self.publish()
+        for segment in self.segments:
+            for name, mine in segment.state.items():
+                saved = state.get(name, {})
+                for key, x in segment.gradients.items():
+                    x.copy_(saved.get(key, torch.zeros(())))
+                    self.ranks.broadcast(x)
+                mine.copy_(segment.gradient)
+            self.ranks.exchange(segment.state["masters"], segment.weight_parts)
+        self.gradient.zero_()

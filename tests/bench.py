@@ -86,7 +86,7 @@ def matmul_flops(model: gpt.GPT) -> int:
 def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer = make_model(nanochat_shape(depth, width), device, dtype), endless_tokenizer()
     generator, policy = torch.Generator().manual_seed(0), gpt.Policy(1.0, 50, model.config.softcap)
-    learner = gpt.Learner(model, gpt.Ranks(device), dtype)
+    learner = gpt.Learner(model, gpt.Ranks(device), dtype, chat_rl.Flags())
     model, weights = learner.model, learner.weights
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import chat_rl  # noqa: E402
 import gpt  # noqa: E402
 from gpt import Config  # noqa: E402
 
@@ -40,7 +41,7 @@ def sizes(config: Config) -> tuple[int, int, int, int]:
     parameters = dict(gpt.empty_model(config).named_parameters())
     learned = {name: gpt.rounded_up(p.numel(), 64) for name, p in parameters.items() if p.requires_grad}
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
-    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, gpt.Rates()).shape]
+    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, chat_rl.Flags()).shape]
     return sum(learned.values()), frozen, max(n for name, n in learned.items() if name.startswith("transformer.h")), sum(muon)
 
 
@@ -144,12 +145,11 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
 
 def step(job: Job) -> float:
     """Bytes of the work of the optimizers, one stretch of parameters after another, on the rank with the most to do."""
-    learner = gpt.Learner.__new__(gpt.Learner)
-    learner.model, learner.ranks = gpt.empty_model(job.config), gpt.Ranks(None, 0, job.ranks)
-    learner.lay_out(gpt.Rates())
     most = 0.0
-    for recipe, start, stop, _ in learner.segments:
-        size = max(min(stop, cuts[1]) - max(start, cuts[0]) for cuts in itertools.pairwise(learner.cuts))
+    for recipe, shapes in gpt.recipes_of(gpt.empty_model(job.config), chat_rl.Flags()).items():
+        atom = gpt.rounded_up(recipe.shape.numel(), 64)
+        whole = sum(gpt.rounded_up(shape.numel(), 64) for shape in shapes.values())
+        size = gpt.rounded_up(whole / job.ranks, atom)
         if recipe.shape:
             most = max(most, size * (2 if job.fused else 4) * (3 + 3 * min(recipe.shape) / max(recipe.shape)))
         elif not job.fused:
