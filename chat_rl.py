@@ -290,7 +290,7 @@ ORDER, DEALING, TRAINING, EVALUATION = range(1, 5)  # what random numbers are fo
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
-    return gpt.generator(*counters).permutation(n).tolist()
+    return numpy.random.default_rng(counters).permutation(n).tolist()
 
 
 def questions_of_step(run: Run, step: int) -> list[Example]:

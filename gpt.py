@@ -257,59 +257,38 @@ class Cache:
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 0):
         self.prefix = prefix
-        self.num_samples = num_samples
+        self.num_samples = num_samples      # of the group with the most rows
         self.size = 0
-        self.own = {}                       # layer -> (2, B, G, T, D), of a forward without a prefix
-        self.rooms = None                   # L times (2, B, G, at least size, D), of a cache to decode with
+        self.own = {}                       # layer -> (2, B, G, at least size, D); with a prefix only to decode
         self.last = None                    # (B, T, C) embeddings of the latest forward
-        self.slot_of_row = self.row_of_slot = None  # of uneven groups (B,), (P·N,)
-        if prefix is None:
-            return
-        self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
-        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples or 1)  # each row's entry of the prefix
-        rows = self.to_device(self.groups)
-        self.starts = prefix.lengths[rows]
-        self.last = prefix.embed[rows].unsqueeze(1)
-        if num_samples:
-            _, _, G, _, D = self.shared[0].shape
-            self.rooms = [kv.new_empty(2, len(rows), G, 0, D) for kv in self.shared]
+        if prefix is not None:
+            self.shared = prefix.kv.unbind()  # L times (2, P, G, Lp, D)
+            self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples or 1)  # each row's entry of the prefix
+            rows = self.to_device(self.groups)
+            self.starts = prefix.lengths[rows].unsqueeze(1)
+            self.last = prefix.embed[rows].unsqueeze(1)
+            self.slots = None               # (B,) each row's place in (P, N), where a group has fewer than N
 
     def to_device(self, index: numpy.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
     def extend(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes room for the new tokens ids (B, T). Returns their positions from the question's start, (B or 1, T),
-        and those of all keys, beyond all reach where they are padding, (B or 1, Lp + S)."""
-        before, self.size = self.size, self.size + ids.size(1)
-        if self.rooms and self.size > self.rooms[0].size(3):
-            for layer, full in enumerate(self.rooms):  # one after another, by a quarter: this takes little at once
-                room = full.new_empty(*full.shape[:3], self.size + self.size // 4 + 16, full.size(4))
-                room[:, :, :, :before] = full[:, :, :, :before]
-                self.rooms[layer] = room
+        """Counts the new tokens ids (B, T) in. Returns their positions from the question's start, (B or 1, T), and
+        those of all keys, beyond all reach where they are padding, (B or 1, Lp + S)."""
+        self.size += ids.size(1)
         keys = torch.arange(self.size, device=ids.device, dtype=torch.int32).unsqueeze(0)
         if self.prefix is not None:
-            starts = self.starts.unsqueeze(1)
             shared = torch.arange(self.prefix.kv.size(4), device=ids.device, dtype=torch.int32)
-            shared = shared.masked_fill(shared >= starts, 2**30)
-            keys = torch.cat([shared, starts + keys], dim=1)
+            shared = shared.masked_fill(shared >= self.starts, 2**30)
+            keys = torch.cat([shared, self.starts + keys], dim=1)
         return keys[:, keys.size(1) - ids.size(1) :], keys
-
-    def previous(self, x: Tensor) -> Tensor:
-        """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
-        if self.last is None:
-            self.last = torch.zeros_like(x[:, :1])
-        before = self.last[:, -1:]
-        self.last = x
-        return torch.cat([before, x[:, :-1]], dim=1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
         (B, H, T, D)."""
         own = torch.stack((k, v))
-        if self.rooms:
-            room = self.rooms[layer][:, :, :, : self.size]
-            room[:, :, :, self.size - k.size(2) :] = own
-            return self.attend_in_groups(q, self.shared[layer], room, mask, scale)
+        if self.num_samples:
+            return self.attend_in_groups(q, self.shared[layer], self.append(layer, own), mask, scale)
         if self.prefix is None:
             self.own.setdefault(layer, own)  # a block that runs again in a backward leaves nothing new
         else:
@@ -318,6 +297,17 @@ class Cache:
         repeats = q.size(1) // k.size(1)
         k, v = own.unsqueeze(3).expand(-1, -1, -1, repeats, -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    def append(self, layer: int, new: Tensor) -> Tensor:
+        """Joins new keys and values (2, B, G, T, D) to the rows' own, whose room grows by a quarter where it is full:
+        (2, B, G, S, D)."""
+        room = self.own.get(layer, new[:, :, :, :0])
+        missing = self.size - room.size(3)
+        if missing > 0:
+            room = self.own[layer] = F.pad(room, (0, 0, 0, missing + self.size // 4 + 16))
+        own = room[:, :, :, : self.size]
+        own[:, :, :, -new.size(3) :] = new
+        return own
 
     def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor, scale: float) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
@@ -334,38 +324,30 @@ class Cache:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
-        x = x if self.row_of_slot is None else x.index_select(0, self.row_of_slot)
-        x = x.unflatten(0, (-1, self.num_samples))
-        return x.transpose(1, 2).flatten(2, 3)
+        if self.slots is not None:
+            places = x.new_zeros(len(self.prefix.lengths) * self.num_samples, *x.shape[1:])
+            x = places.index_copy_(0, self.slots, x)
+        return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(P, G, N·, E) -> (B, G, ·, E)"""
-        x = x.unflatten(2, (self.num_samples, -1))
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.slot_of_row is None else x.index_select(0, self.slot_of_row)
+        x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
 
-    def select(self, rows: numpy.ndarray) -> Tensor:
-        """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
-        kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
+    def select(self, rows: numpy.ndarray) -> None:
+        """Keeps these rows (B',), ascending, and the questions that they belong to."""
+        kept, self.groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
         index = self.to_device(rows)
-        for layer, room in enumerate(self.rooms):
-            said = room[:, :, :, : self.size]
-            said[:, : len(rows)] = said.index_select(1, index)
-            self.rooms[layer] = room[:, : len(rows)]
+        for layer, room in self.own.items():
+            self.own[layer] = room.index_select(1, index)
         self.starts = self.starts.index_select(0, index)
         self.last = self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
             self.prefix = self.prefix.rows(self.to_device(kept))
             self.shared = self.prefix.kv.unbind()
-        self.groups = groups
         self.num_samples = counts.max()
-        order = numpy.arange(len(rows))
-        slot_of_row = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
-        row_of_slot = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
-        row_of_slot[slot_of_row] = order
-        self.slot_of_row = self.to_device(slot_of_row)
-        self.row_of_slot = self.to_device(row_of_slot)
-        return index
+        place = numpy.arange(len(rows)) - numpy.searchsorted(self.groups, self.groups)  # within the group
+        self.slots = self.to_device(self.groups * self.num_samples + place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -713,8 +695,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(ids)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
-        previous = cache.previous(x)
+        last, cache.last = cache.last, x
         if config.smear:
+            last = torch.zeros_like(x) if last is None else last
+            previous = torch.cat([last[:, -1:], x[:, :-1]], dim=1)
             gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH]))
             x = x + self.smear_lambda * gate * previous
         x0 = x
@@ -1027,14 +1011,16 @@ class Completion:
     entropy: float = 0.0                    # of that policy, summed over the sampled tokens, in nats
 
 
-def generator(*counters: int) -> numpy.random.Generator:
-    """Random numbers for every combination of counters, which are not negative."""
-    return numpy.random.default_rng(counters)
-
-
-def uniforms(*counters: int, size: int) -> numpy.ndarray:
-    """Random float32 (size,) between 0 and 1, which are neither; the first ones are the same for any size."""
-    return ((generator(*counters).integers(2**23, size=size) + 0.5) / 2**23).astype(numpy.float32)
+def uniforms(*counters: int | numpy.ndarray) -> numpy.ndarray:
+    """Random float32 between 0 and 1, neither of them included, as a function of counters that are not negative:
+    SplitMix64 (Steele et al. 2014) takes them in one after another. Arrays of counters broadcast."""
+    x = numpy.zeros(1, numpy.uint64)
+    for counter in counters:
+        x = x + numpy.asarray(counter, numpy.uint64) + 0x9E3779B97F4A7C15
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
+        x = (x ^ x >> 27) * 0x94D049BB133111EB
+        x = x ^ x >> 31
+    return (((x >> 41) + 0.5) / 2**23).astype(numpy.float32)
 
 
 class Transcript:
@@ -1066,11 +1052,9 @@ class Transcript:
 
     def groups(self, num_samples: int) -> list[list[Completion]]:
         """The completions, so many to a list."""
-        tokens, logprobs, entropies = self.said
-        columns = tokens.astype(int), self.forced < 0, logprobs.astype(numpy.float32), entropies, self.lengths
         completions = [
-            Completion(ids[:n].copy(), mask[:n].copy(), p[:n].copy(), float(h[:n].sum()))
-            for ids, mask, p, h, n in zip(*columns)
+            Completion(ids[:n].astype(int), forced[:n] < 0, p[:n].astype(numpy.float32), float(entropies[:n].sum()))
+            for ids, p, entropies, forced, n in zip(*self.said, self.forced, self.lengths)
         ]
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 
@@ -1105,20 +1089,19 @@ def generate(
         raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
     cache = Cache(prefill(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
-    names = itertools.product(keys or range(len(prompts)), range(num_samples))
-    stream = numpy.stack([uniforms(*seed, *name, size=max_new_tokens) for name in names])
-    stream = torch.from_numpy(stream).to(model.device)
+    keys = numpy.array(keys or range(len(prompts)))
     rows = numpy.arange(len(hidden))        # those in the cache
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):
-        drawn = draw(model, hidden, stream[:, t], policy)
+        uniform = uniforms(*seed, keys[rows // num_samples], rows % num_samples, t)
+        drawn = draw(model, hidden, cache.to_device(uniform), policy)
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
         if progress:
             progress(int((transcript.lengths == t + 1).sum()))
         if not going.any():
             break
         if going.sum() <= 0.75 * len(rows):
-            stream = stream.index_select(0, cache.select(going.nonzero()[0]))
+            cache.select(going.nonzero()[0])
             rows, tokens = rows[going], tokens[going]
         hidden = model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
     return transcript.groups(num_samples)
