@@ -10,7 +10,6 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 """
 
 import ast
-import errno
 import itertools
 import json
 import math
@@ -957,19 +956,19 @@ class Policy:
         values, ids = logits.topk(min(self.top_k, logits.size(-1)))  # a softcap keeps the order
         return self.scores(values), ids
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> tokens (B,),
-        their logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> (3, B):
+        tokens, as float32, which holds any id, their logprobs, and the entropies of what they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
         cumulative = p.cumsum(dim=-1)
-        entropy = -(p * logprobs).sum(dim=-1)
         aim = uniform.unsqueeze(1) * cumulative[:, -1:]
         pick = torch.searchsorted(cumulative, aim, right=True)
         pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
-        return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
+        entropy = -(p * logprobs).sum(dim=-1, keepdim=True)
+        return torch.cat([tokens, logprobs.gather(1, pick), entropy], dim=1).T
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Logprobs of tokens (...), given logits (..., V). A token that rounding or an update pushed out of the top k
@@ -985,16 +984,16 @@ class Policy:
 LOGITS_AT_ONCE = 2**26
 
 
-def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list:
-    """work(logits, other) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more than
-    LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
+def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> Tensor:
+    """work(logits, other) (…, M) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more
+    than LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
 
-    def unembed_and_work(hidden: Tensor, other: Tensor) -> Any:
+    def unembed_and_work(hidden: Tensor, other: Tensor) -> Tensor:
         return work(model.unembed(hidden), other)
 
     run = recomputed(unembed_and_work, when=len(hidden) > size)
-    return list(map(run, hidden.split(size), other.split(size)))
+    return torch.cat(list(map(run, hidden.split(size), other.split(size))), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1030,7 +1029,7 @@ class Transcript:
         self.tokenizer = tokenizer
         self.said = numpy.zeros((3, num_rows, max_new_tokens))  # tokens, their logprobs and entropies
         self.forced = numpy.full((num_rows, max_new_tokens), -1)  # −1: sampled
-        self.lengths = numpy.zeros(num_rows, dtype=int)  # 0: not yet ended
+        self.lengths = numpy.full(num_rows, max_new_tokens)  # at most, of those that have not ended
 
     def write(self, t: int, rows: numpy.ndarray, drawn: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Writes down what was drawn (3, B) for position t of the rows (B,), or forced, and answers their calls.
@@ -1039,16 +1038,14 @@ class Transcript:
         drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
         self.said[:, rows, t] = drawn
         tokens = drawn[0].astype(int)
-        going = self.lengths[rows] == 0
-        for row in rows[going & (tokens == self.tokenizer.call_end)]:
+        open_rows = self.lengths[rows] > t      # some have ended before, and are not yet out of the batch
+        for row in rows[open_rows & (tokens == self.tokenizer.call_end)]:
             said = self.said[0, row, : t + 1].astype(int)
             result = self.tokenizer.answer_call(said.tolist())
             rest = self.forced[row, t + 1 :]
             rest[: len(result)] = result[: len(rest)]
-        last = t + 1 == self.forced.shape[1]
-        ended = last | numpy.isin(tokens, self.tokenizer.stops)
-        self.lengths[rows[going & ended]] = t + 1
-        return tokens, going & ~ended
+        self.lengths[rows[open_rows & numpy.isin(tokens, self.tokenizer.stops)]] = t + 1
+        return tokens, self.lengths[rows] > t + 1
 
     def groups(self, num_samples: int) -> list[list[Completion]]:
         """The completions, so many to a list."""
@@ -1057,12 +1054,6 @@ class Transcript:
             for ids, p, entropies, forced, n in zip(*self.said, self.forced, self.lengths)
         ]
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
-
-
-def draw(model: GPT, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
-    """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
-    drawn = in_pieces(model, policy.draw, hidden, uniform)
-    return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
 
 @torch.inference_mode()
@@ -1094,7 +1085,7 @@ def generate(
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):
         uniform = uniforms(*seed, keys[rows // num_samples], rows % num_samples, t)
-        drawn = draw(model, hidden, cache.to_device(uniform), policy)
+        drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
         if progress:
             progress(int((transcript.lengths == t + 1).sum()))
@@ -1117,7 +1108,7 @@ def completion_logprobs(
     hidden = model(tokens[:, :-1], Cache(prefix))
     hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
     logprobs = in_pieces(model, policy.logprobs, hidden[sampled], tokens[sampled])
-    return torch.cat(logprobs), sampled.nonzero()[:, 0]
+    return logprobs, sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1156,37 +1147,26 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:     # as some network disks refuse it for folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that is to appear at `path` whole or not at all: beside it, to be flushed to
-    disk and renamed. Raises OSError, also for what torch and safetensors have heard from the disk."""
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Where to write a file or a folder that is to appear at `path` whole or not at all: in a folder beside it, to be
+    flushed to disk and moved. Raises OSError, also for what torch and safetensors have heard from the disk."""
+    beside = path.with_name(path.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    part = beside / path.name
     try:
         yield part
         for written in (part, *part.rglob("*")):
-            flush(written)
+            if written.is_file():
+                with open(written, "rb") as file:
+                    os.fsync(file)
         shutil.rmtree(path, ignore_errors=True)
         part.replace(path)
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(one_line(error.__context__ or error)) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
-    flush(path.parent)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | Callable) -> None:
@@ -1204,9 +1184,8 @@ def read_state(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def checkpoint_steps(directory: str | Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """The steps that a folder has whole, ascending: of nanochat's format a model and a meta file."""
-    folder = Path(directory)
     steps = [path.parent.name for path in folder.glob("*/config.json")]
     steps += {path.stem[6:] for path in folder.glob("model_*.pt")} & {path.stem[5:] for path in folder.glob("meta_*")}
     return sorted(int(step) for step in steps if step.isdecimal())
@@ -1243,9 +1222,23 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 COPY_AGAIN = "copy it here again"
 
 
-def load_nanochat(path: Path) -> tuple:
-    """The model_config (a dict), Config, weights (a dict) and Tokenizer of nanochat's model file. The tokenizer's is
-    beside it, or two folders up in tokenizer/."""
+def build(config: Config, state: dict[str, Tensor], raw_config: dict) -> GPT:
+    """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
+    naming the key, on one that is none of the config's."""
+    model = empty_model(config)
+    model.raw_config = raw_config
+    model.stored_types = {key: x.dtype for key, x in state.items()}
+    generator = torch.Generator().manual_seed(42)
+    for key, x in model.state_dict().items():
+        if "lora_" in key:
+            std = x.size(1) ** -0.5 if key.endswith("lora_a") else 0.0
+            state[key] = torch.normal(0.0, std, x.shape, generator=generator)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
+    """What nanochat's model file holds. The tokenizer's is beside it, or two folders up in tokenizer/."""
     beside = path.with_name("tokenizer.pkl")
     above = path.absolute().parent.parent.parent / "tokenizer" / "tokenizer.pkl"
     place = beside if beside.exists() else above
@@ -1260,12 +1253,14 @@ def load_nanochat(path: Path) -> tuple:
     rows = len(state["transformer.wte.weight"])
     if not tokenizer.vocab_size == known <= rows:
         raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
-    return raw, nanochat_config(detect_generation(state), **raw, vocab_rows=rows), state, tokenizer
+    config = nanochat_config(detect_generation(state), **raw, vocab_rows=rows, lora_rank=lora_rank)
+    return build(config, state, raw), tokenizer
 
 
-def load_huggingface(folder: Path, template: str, variables: dict | None) -> tuple:
-    """A Hugging Face folder's config.json (a dict), Config, weights under GPT's names (a dict; what no family has stays
-    under its own, quoted) and ChatTokenizer."""
+def load_huggingface(
+    folder: Path, lora_rank: int, template: str, variables: dict | None
+) -> tuple[GPT, ChatTokenizer]:
+    """What a folder of Hugging Face's holds."""
     tokenizer = ChatTokenizer(folder, template, variables)
     raw = json.loads(tokenizer.files["config.json"])
     config = huggingface_config(raw, tokenizer.vocab_size)
@@ -1278,7 +1273,7 @@ def load_huggingface(folder: Path, template: str, variables: dict | None) -> tup
         with blaming(f"{folder / file} cannot be read", COPY_AGAIN):
             tensors = safetensors.torch.load_file(folder / file)
         state |= {
-            names.get(name, repr(name)): tensor
+            names.get(name, repr(name)): tensor  # quoted, what no family has
             for name, tensor in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")  # of old folders: it follows from the config
         }
@@ -1288,42 +1283,22 @@ def load_huggingface(folder: Path, template: str, variables: dict | None) -> tup
             f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says tie_word_embeddings: set "
             "that to false if the file's lm_head is meant"
         )
-    return raw, config, state, tokenizer
-
-
-def build(config: Config, state: dict[str, Tensor]) -> GPT:
-    """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
-    naming the key, on one that is none of the config's."""
-    model = empty_model(config)
-    model.stored_types = {key: x.dtype for key, x in state.items()}
-    generator = torch.Generator().manual_seed(42)
-    adapters = {key: torch.zeros(x.shape) for key, x in model.state_dict().items() if "lora_" in key}
-    for key, x in adapters.items():
-        if key.endswith("lora_a"):
-            x.normal_(std=x.size(1) ** -0.5, generator=generator)
-    model.load_state_dict({**adapters, **state}, assign=True)
-    return model
+    return build(replace(config, lora_rank=lora_rank), state, raw), tokenizer
 
 
 def load_checkpoint(
-    directory: str | Path,
-    step: int | None = None,
-    lora_rank: int = 0,
-    template: str = "",
-    variables: dict | None = None,
+    directory: Path, step: int | None = None, lora_rank: int = 0, template: str = "", variables: dict | None = None
 ) -> tuple[GPT, Any]:
     """Loads a model, on the CPU and in the types that it has on disk, and its tokenizer: from a nanochat folder (a step
     of it, or the last complete one), from one in Hugging Face's format, or from a run's that holds such folders. A
     `template` replaces the chat template, which is given the `variables`. Raises UserError, naming the file, on
     whatever is missing, broken or foreign."""
-    path = find_checkpoint(Path(directory), step)
+    path = find_checkpoint(directory, step)
     mend = f"{COPY_AGAIN}, or take a model of an architecture known here (nanochat's as model_<N>.pt)"
     with blaming(f"{path} cannot be loaded", mend):
-        of_hub = path.is_dir()
-        raw, config, state, tokenizer = load_huggingface(path, template, variables) if of_hub else load_nanochat(path)
-        model = build(replace(config, lora_rank=lora_rank), state)
-    model.raw_config = raw
-    return model, tokenizer
+        if path.is_dir():
+            return load_huggingface(path, lora_rank, template, variables)
+        return load_nanochat(path, lora_rank)
 
 
 @torch.no_grad()
@@ -1357,13 +1332,12 @@ def save_adapter(folder: Path, rank: int, tensors: dict[str, Tensor], base: str)
 
 
 def save_checkpoint(
-    directory: str | Path, step: int, model: GPT, state: dict[str, Tensor], tokenizer: Any, source: str = ""
+    folder: Path, step: int, model: GPT, state: dict[str, Tensor], tokenizer: Any, source: str = ""
 ) -> None:
     """Writes a checkpoint of the weights in `state`, which has GPT's names and may be of other types than the model, in
     the format that its tokenizer came in: nanochat's tokenizer.pkl, model_<step>.pt and last meta_<step>.json, or
     Hugging Face's folder <step>, in it PEFT's of the adapters to the model at `source`. Tensors have the types that
     they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
-    folder = Path(directory)
     weights = merge(model, state)
     if isinstance(tokenizer, Tokenizer):
         tokenizer.save(folder)

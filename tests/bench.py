@@ -128,8 +128,8 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, policy: gpt.Policy, halves: bool) -> None:
-    """A rollout whose rows stop at scripted places: `draw` is told which."""
-    draw, count = gpt.draw, [0]
+    """A rollout whose rows stop at scripted places, which take the place of what is drawn."""
+    draw, count = gpt.Policy.draw, [0]
     tokenizer.stops = (VOCAB - 1,)
 
     def scripted(*args) -> torch.Tensor:
@@ -140,11 +140,11 @@ def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, po
             drawn[0, ::2] = VOCAB - 1
         return drawn
 
-    gpt.draw = scripted
+    gpt.Policy.draw = scripted
     try:
         gpt.generate(model, tokenizer, prompts, N, NEW, policy)
     finally:
-        gpt.draw, tokenizer.stops = draw, ()
+        gpt.Policy.draw, tokenizer.stops = draw, ()
 
 
 def against_transformers(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -158,7 +158,7 @@ def against_transformers(depth: int, width: int, device: torch.device, dtype: to
     theirs = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
     names = {name: ours for ours, name in gpt.huggingface_names(depth).items()}
     state = {names[name]: x for name, x in theirs.state_dict().items()}
-    mine, policy = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state), gpt.Policy(1.0, 50)
+    mine, policy = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state, {}), gpt.Policy(1.0, 50)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = prompts.repeat_interleave(N, dim=0).to(device)
     settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)

@@ -318,7 +318,7 @@ def test_bfloat16_weights_with_float32_masters(tokenizer):
 def test_adapters_are_merged_on_the_host(tmp_path):
     """What is saved of a base on the device and of masters on the host."""
     model = gpt.GPT(gpt.nanochat_config("current", **SHAPE, ))
-    model = gpt.build(replace(model.config, lora_rank=2), {name: x.data for name, x in tiny_model().named_parameters()})
+    model = gpt.build(replace(model.config, lora_rank=2), {name: x.data for name, x in tiny_model().named_parameters()}, {})
     with FakeGPU():
         learner = gpt.Learner(model, gpt.Ranks(torch.device(GPU)), torch.float32, chat_rl.Flags())
         for x in state_of(learner, "masters"):

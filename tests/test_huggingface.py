@@ -306,8 +306,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import gpt, torch
 assert "transformers" not in sys.modules            # it takes seconds, and nanochat's models need none of it
-model, tokenizer = gpt.load_checkpoint({folder!r})
-save = partial(gpt.save_checkpoint, {run!r}, model=model, state=model.state_dict(), tokenizer=tokenizer)
+model, tokenizer = gpt.load_checkpoint(Path({folder!r}))
+save = partial(gpt.save_checkpoint, Path({run!r}), model=model, state=model.state_dict(), tokenizer=tokenizer)
 write = partial(gpt.write_file, Path({run!r}, "x"), partial(torch.save, model.state_dict()))
 save(1)
 write()

@@ -121,13 +121,14 @@ def test_draw_has_the_distribution(temperature, top_k):
     raw, n = torch.randn(265, generator=torch.Generator().manual_seed(0)) * 20, 40_000
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
     tokens, logprobs, _ = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    tokens = tokens.long()
     scores = 15 * torch.tanh(raw.double() / 15) / temperature
     if top_k:
         scores[raw < raw.sort(descending=True).values[top_k - 1]] = -torch.inf
     p = scores.softmax(dim=-1)
     assert (tokens.bincount(minlength=265) - p * n).abs().max() < 1.1
     torch.testing.assert_close(logprobs, p.log().float()[tokens], rtol=0, atol=1e-5)
-    first, last = policy.draw(raw.expand(2, -1), torch.tensor([2 ** -24, 1 - 2 ** -24]))[0]
+    first, last = policy.draw(raw.expand(2, -1), torch.tensor([2 ** -24, 1 - 2 ** -24]))[0].long()
     assert p[first] > 0 and p[last] > 0
 
 
@@ -137,6 +138,7 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     raw = torch.randn(50, 265, generator=torch.Generator().manual_seed(0)) * 10
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
     tokens, logprobs, _ = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
+    tokens = tokens.long()
     scores = 15 * torch.tanh(raw / 15) / temperature
     if 0 < top_k < 265:
         scores[raw < raw.sort(descending=True).values[:, top_k - 1:top_k]] = -torch.inf
