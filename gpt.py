@@ -136,11 +136,10 @@ class Ranks:
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.signal and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
+        self.signal = self.signal or number
+        self.signalled = self.signalled or time.monotonic()
+        if time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
-        if not self.signal:
-            self.signal = number
-            self.signalled = time.monotonic()
         if self.interrupting:
             self.interrupting = False       # it is raised once
             raise Interrupted(number)
@@ -643,12 +642,12 @@ class GPT(nn.Module):
         gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
         self.value_embeds = nn.ModuleDict({i: table(width) for i in gated})
         if config.lambdas:
-            self.resid_lambdas = nn.Parameter(torch.ones(L))
-            self.x0_lambdas = nn.Parameter(torch.zeros(L))
+            self.resid_lambdas = nn.Parameter(torch.linspace(1.15, 1.05, L))
+            self.x0_lambdas = nn.Parameter(torch.linspace(0.20, 0.05, L))
         if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
-            self.backout_lambda = nn.Parameter(torch.zeros(1))
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         for name, p in self.named_parameters():
             p.requires_grad_("lora_" in name or not config.lora_rank)
 
@@ -662,25 +661,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
-        """Random weights to train from: nanochat's initialisation of the current generation."""
+        """Random matrices to train from, as large as nanochat makes them."""
         generator = torch.Generator().manual_seed(seed)
-        C = self.config.n_embd
-        L = self.config.n_layer
+        usual = self.config.n_embd**-0.5
+        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this in them
         for name, p in self.named_parameters():
-            if "c_proj" in name:
-                p.zero_()
-            elif "wte" in name:
-                p.normal_(std=0.8, generator=generator)
-            elif "lm_head" in name:
-                p.normal_(std=0.001, generator=generator)
-            elif p.ndim == 2:
-                bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
-                p.uniform_(-bound, bound, generator=generator)
-        if self.config.lambdas:
-            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, L))
-            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, L))
-        if self.config.smear:
-            self.backout_lambda.fill_(0.2)
+            if p.ndim == 2:
+                std = next(std for part, std in stds.items() if part in name)
+                p.normal_(std=std, generator=generator)
         return self
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
