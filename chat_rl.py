@@ -442,7 +442,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     drifts = []                             # log π / π_sampled of each minibatch's tokens, those of all ranks
     parts = minibatches(run, groups)
     for part in parts:
-        learner.gradient.zero_()
+        learner.model.zero_grad(set_to_none=False)
         costs = [sum(len(c.tokens) for c, _ in group.learned()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(torch.from_numpy(numpy.concatenate(ranks.all_gather(log_ratios.cpu().numpy()))).double())
@@ -1285,7 +1285,7 @@ def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal:
         chance += 0.2 * (right - chance)
         if chance >= goal:
             return step
-        learner.gradient.zero_()
+        learner.model.zero_grad(set_to_none=False)
         (-logprobs.sum()).backward()
         learner.update(len(logprobs))
     return 1000

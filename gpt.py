@@ -1439,35 +1439,39 @@ def recipes_of(model: GPT, rates: Any) -> dict[Recipe, dict[str, torch.Size]]:
 
 def views_of(vector: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Parameters of these shapes in a vector, each at a multiple of 64 elements."""
-    pieces = vector.split([rounded_up(shape.numel(), 64) for shape in shapes.values()])
+    pieces = vector.flatten().split([rounded_up(shape.numel(), 64) for shape in shapes.values()])
     return {name: x[: shape.numel()].view(shape) for x, (name, shape) in zip(pieces, shapes.items())}
 
 
 class Segment:
-    """Parameters that learn alike, which lie together in a Learner's vectors. Each rank owns a part of them, and has its
-    `state`: float32 masters, which in float32 are the weights, and the optimizer's averages."""
+    """Parameters that learn alike: views of one vector of weights, in the type of the arithmetic. Their gradients are
+    added up in a float32 vector alike, which between updates carries state from rank to rank. Each rank owns a part,
+    and has its `state`: float32 masters, which in float32 are the weights, and the optimizer's averages."""
 
-    def __init__(self, recipe: Recipe, shapes: dict[str, torch.Size], weights: Tensor, gradient: Tensor, ranks: Ranks):
+    def __init__(self, recipe: Recipe, shapes: dict[str, torch.Size], dtype: torch.dtype, ranks: Ranks):
         self.recipe = recipe
-        self.parameters = views_of(weights, shapes)
-        self.gradients = views_of(gradient, shapes)
+        size = sum(rounded_up(shape.numel(), 64) for shape in shapes.values())
         atom = rounded_up(recipe.shape.numel(), 64)  # elements that stay together: a matrix of Muon's, or 64
-        self.weight_parts = weights.view(-1, atom).tensor_split(ranks.size)  # of the ranks, each (n, atom)
-        self.gradient_parts = gradient.view(-1, atom).tensor_split(ranks.size)
-        self.gradient = self.gradient_parts[ranks.rank]
-        self.state = {"masters": self.weight_parts[ranks.rank].float(), "exp_avg": torch.zeros_like(self.gradient)}
+        self.weights = torch.zeros(size // atom, atom, dtype=dtype, device=ranks.device)
+        self.gradient = torch.zeros(size // atom, atom, device=ranks.device)
+        self.parameters = views_of(self.weights, shapes)
+        self.gradients = views_of(self.gradient, shapes)
+        self.weight_parts = self.weights.tensor_split(ranks.size)
+        self.gradient_parts = self.gradient.tensor_split(ranks.size)
+        self.mine = self.gradient_parts[ranks.rank]
+        self.state = {"masters": self.weight_parts[ranks.rank].float(), "exp_avg": torch.zeros_like(self.mine)}
         if not recipe.shape:                # Muon needs no squares
-            self.state["exp_avg_sq"] = torch.zeros_like(self.gradient)
+            self.state["exp_avg_sq"] = torch.zeros_like(self.mine)
 
     def step(self, steps: int, fraction: float) -> None:
         """Steps this rank's part."""
         recipe = self.recipe
         masters, average, *squares = self.state.values()
         if recipe.shape:
-            rows = (x[:, : recipe.shape.numel()] for x in (masters, self.gradient, average))
+            rows = (x[:, : recipe.shape.numel()] for x in (masters, self.mine, average))
             return muon(*(x.unflatten(1, recipe.shape) for x in rows), recipe.lr * fraction)
         adamw(
-            [masters], [self.gradient], [average], squares, [], [torch.tensor(steps - 1.0, device=masters.device)],
+            [masters], [self.mine], [average], squares, [], [torch.tensor(steps - 1.0, device=masters.device)],
             lr=recipe.lr * fraction,
             beta1=recipe.betas[0],
             beta2=recipe.betas[1],
@@ -1481,11 +1485,7 @@ class Segment:
 
 class Learner:
     """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
-    al. 2020).
-
-    The parameters that learn are views of one vector of weights, in the type of the arithmetic. Gradients are added up
-    in a float32 vector alike, which between updates carries state from rank to rank.
-    """
+    al. 2020)."""
 
     @torch.no_grad()
     def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
@@ -1494,11 +1494,7 @@ class Learner:
         config = ranks.share(model and model.config)
         self.model = model or empty_model(config)
         recipes = recipes_of(self.model, rates)
-        sizes = [sum(rounded_up(shape.numel(), 64) for shape in shapes.values()) for shapes in recipes.values()]
-        self.weights = torch.zeros(sum(sizes), dtype=dtype, device=ranks.device)
-        self.gradient = torch.zeros(sum(sizes), device=ranks.device)
-        stretches = zip(recipes.items(), self.weights.split(sizes), self.gradient.split(sizes))
-        self.segments = [Segment(*item, weights, gradient, ranks) for item, weights, gradient in stretches]
+        self.segments = [Segment(*recipe, dtype, ranks) for recipe in recipes.items()]
         theirs = dict(model.named_parameters()) if model else {}
         parameters = {}
         for name, p in self.model.named_parameters():
@@ -1521,13 +1517,14 @@ class Learner:
         """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its parts, at this
         fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
         not finite no step is made."""
-        self.ranks.add_up(self.gradient)
-        norm = self.gradient.div_(num_tokens).norm().item()
-        if clip and norm > clip:
-            self.gradient.mul_(clip / norm)
+        for segment in self.segments:
+            self.ranks.add_up(segment.gradient.div_(num_tokens))
+        norm = torch.stack([segment.gradient.norm() for segment in self.segments]).norm().item()
         if math.isfinite(norm):
             self.steps += 1
             for segment in self.segments:
+                if 0 < clip < norm:
+                    segment.mine.mul_(clip / norm)
                 segment.step(self.steps, fraction)
                 self.ranks.exchange(segment.state["masters"], segment.weight_parts)
         return norm
@@ -1542,7 +1539,7 @@ class Learner:
                 self.ranks.exchange(mine, segment.gradient_parts)
                 if self.ranks.rank == 0:
                     state[name] |= {key: x.to("cpu", copy=True) for key, x in segment.gradients.items()}
-        self.gradient.zero_()
+        self.model.zero_grad(set_to_none=False)
         return state
 
     @torch.no_grad()
@@ -1555,6 +1552,6 @@ class Learner:
                 for key, x in segment.gradients.items():
                     x.copy_(saved.get(key, torch.zeros(())))
                     self.ranks.broadcast(x)
-                mine.copy_(segment.gradient)
+                mine.copy_(segment.mine)
             self.ranks.exchange(segment.state["masters"], segment.weight_parts)
-        self.gradient.zero_()
+        self.model.zero_grad(set_to_none=False)

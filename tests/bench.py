@@ -87,13 +87,14 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     model, tokenizer = make_model(nanochat_shape(depth, width), device, dtype), endless_tokenizer()
     generator, policy = torch.Generator().manual_seed(0), gpt.Policy(1.0, 50, model.config.softcap)
     learner = gpt.Learner(model, gpt.Ranks(device), dtype, chat_rl.Flags())
-    model, weights = learner.model, learner.weights
+    model = learner.model
+    num_weights = sum(p.numel() for p in model.parameters())
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048
     big = torch.randn(size, size, device=device, dtype=dtype)
     long = torch.randn(2 ** 26, device=device)
     peak, copy = 2 * size ** 3 / seconds(lambda: big @ big, 10), 2 * long.nbytes / seconds(lambda: long.clone(), 5)
-    print(f"\nd{depth}, {width} wide, {len(weights) / 1e6:.1f} M parameters; a large matrix product runs at {peak / 1e9:,.0f} "
+    print(f"\nd{depth}, {width} wide, {num_weights / 1e6:.1f} M parameters; a large matrix product runs at {peak / 1e9:,.0f} "
           f"GFLOP/s, a large copy at {copy / 1e9:,.1f} GB/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
@@ -103,7 +104,7 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     kv = 2 * depth * width * element                                # bytes of a position
     read = NEW * P * PROMPT * kv + P * N * NEW * NEW / 2 * kv
     if device.type == "cuda":
-        read += NEW * len(weights) * element
+        read += NEW * num_weights * element
     bound = tokens / (tokens * matmul_flops(model) / peak + read / copy)
     plain, rate = tokens / seconds(lambda: plain_rollout(model, prompts), 1), tokens / seconds(rollout)
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "

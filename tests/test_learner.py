@@ -103,7 +103,8 @@ def learn(kind: str, dtype: torch.dtype, ranks: gpt.Ranks, folder: Path, begin: 
         learner.load_state(torch.load(path) if ranks.rank == 0 else {})
     for i in range(begin, end):
         gradients(learner, i)
-        learner.gradient /= ranks.size
+        for segment in learner.segments:
+            segment.gradient /= ranks.size
         learner.update(2.0, 0.5, 3.0)
     state = learner.save_state()
     sizes = ranks.all_gather(sum(x.nbytes for x in state_of(learner, "masters", "exp_avg", "exp_avg_sq")))
@@ -164,7 +165,8 @@ def test_masters_remember_what_bfloat16_forgets():
     start = weights_of(model)
     learner = gpt.Learner(model, gpt.Ranks(torch.device("cpu")), torch.bfloat16, Rates(1e-5, 1e-5, 1e-5))
     for _ in range(200):
-        learner.gradient.fill_(1.0)
+        for p in learner.model.parameters():
+            p.grad.fill_(1.0)
         learner.update(1.0)
     assert distance(weights_of(learner.model), start - 200e-5) < 2e-3
     assert {p.grad.dtype for p in learner.model.parameters()} == {torch.float32}
