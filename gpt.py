@@ -121,14 +121,8 @@ class Ranks:
 
     def broadcast(self, tensor: Tensor, owner: int = 0) -> None:
         """Overwrites the ranks' tensors with their owner's."""
-        if self.size > 1 and len(tensor):
+        if self.size > 1:
             dist.broadcast(tensor, owner)
-
-    def exchange(self, mine: Tensor, parts: tuple[Tensor, ...]) -> None:
-        """Fills the parts, one of each rank's, with what is theirs, rounded to their type."""
-        parts[self.rank].copy_(mine)
-        for owner, part in enumerate(parts):
-            self.broadcast(part, owner)
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -1375,7 +1369,7 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) -> about U·Vᵀ of their singular value decompositions; in bfloat16 on a GPU."""
+    """Matrices (…, rows, columns) -> about U·Vᵀ of their singular value decompositions; in bfloat16 on a GPU."""
     tall = x.size(-2) > x.size(-1)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x.mT if tall else x
@@ -1388,21 +1382,21 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def muon(p: Tensor, gradient: Tensor, average: Tensor, lr: float) -> None:
-    """A step of Muon (Jordan et al. 2024) for matrices (n, rows, columns): Nesterov momentum 0.95, orthogonalised,
+    """A step of Muon (Jordan et al. 2024) for matrices (…, rows, columns): Nesterov momentum 0.95, orthogonalised,
     times √max(1, rows / columns)."""
     average.lerp_(gradient, 0.05)
     update = orthogonalize(gradient.lerp(average, 0.95))
-    p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(1) / p.size(2))))
+    p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
 
 
 class Recipe(NamedTuple):
-    """How parameters learn: with Muon, matrices of one shape; else with AdamW (Loshchilov and Hutter 2019)."""
+    """How a parameter learns: with Muon, or with AdamW (Loshchilov and Hutter 2019)."""
 
+    muon: bool
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    shape: torch.Size = torch.Size()        # of Muon's matrices
 
 
 def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recipe:
@@ -1424,134 +1418,120 @@ def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recip
     lr, betas, decay = next(value for prefix, value in recipes.items() if name.startswith(prefix))
     lr, betas = (rates.matrix_lr, (0.9, 0.95)) if matrix else (lr, betas)
     if not nanochat:
-        return Recipe(lr, (0.9, 0.95), 1e-8, decay)
-    return Recipe(lr, betas, 1e-10, decay, shape if matrix and not config.lora_rank else torch.Size())
+        return Recipe(False, lr, (0.9, 0.95), 1e-8, decay)
+    return Recipe(matrix and not config.lora_rank, lr, betas, 1e-10, decay)
 
 
-def recipes_of(model: GPT, rates: Any) -> dict[Recipe, dict[str, torch.Size]]:
-    """What learns, by how it does: names and shapes of parameters."""
-    recipes = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            recipes.setdefault(recipe_of(name, p.shape, model.config, rates), {})[name] = p.shape
-    return recipes
+@dataclass
+class Share:
+    """A parameter that learns, and on the rank that owns it its state: float32 masters, which in float32 are the
+    weights, and the optimizer's averages, of which Muon has one."""
 
-
-def views_of(vector: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Parameters of these shapes in a vector, each at a multiple of 64 elements."""
-    pieces = vector.flatten().split([rounded_up(shape.numel(), 64) for shape in shapes.values()])
-    return {name: x[: shape.numel()].view(shape) for x, (name, shape) in zip(pieces, shapes.items())}
-
-
-class Segment:
-    """Parameters that learn alike: views of one vector of weights, in the type of the arithmetic. Their gradients are
-    added up in a float32 vector alike, which between updates carries state from rank to rank. Each rank owns a part,
-    and has its `state`: float32 masters, which in float32 are the weights, and the optimizer's averages."""
-
-    def __init__(self, recipe: Recipe, shapes: dict[str, torch.Size], dtype: torch.dtype, ranks: Ranks):
-        self.recipe = recipe
-        size = sum(rounded_up(shape.numel(), 64) for shape in shapes.values())
-        atom = rounded_up(recipe.shape.numel(), 64)  # elements that stay together: a matrix of Muon's, or 64
-        self.weights = torch.zeros(size // atom, atom, dtype=dtype, device=ranks.device)
-        self.gradient = torch.zeros(size // atom, atom, device=ranks.device)
-        self.parameters = views_of(self.weights, shapes)
-        self.gradients = views_of(self.gradient, shapes)
-        self.weight_parts = self.weights.tensor_split(ranks.size)
-        self.gradient_parts = self.gradient.tensor_split(ranks.size)
-        self.mine = self.gradient_parts[ranks.rank]
-        self.state = {"masters": self.weight_parts[ranks.rank].float(), "exp_avg": torch.zeros_like(self.mine)}
-        if not recipe.shape:                # Muon needs no squares
-            self.state["exp_avg_sq"] = torch.zeros_like(self.mine)
+    p: nn.Parameter
+    recipe: Recipe
+    owner: int
+    state: dict[str, Tensor | None]         # None on other ranks
 
     def step(self, steps: int, fraction: float) -> None:
-        """Steps this rank's part."""
+        """Steps the masters, at a fraction of the rate, and rounds them to weights."""
         recipe = self.recipe
         masters, average, *squares = self.state.values()
-        if recipe.shape:
-            rows = (x[:, : recipe.shape.numel()] for x in (masters, self.mine, average))
-            return muon(*(x.unflatten(1, recipe.shape) for x in rows), recipe.lr * fraction)
-        adamw(
-            [masters], [self.mine], [average], squares, [], [torch.tensor(steps - 1.0, device=masters.device)],
-            lr=recipe.lr * fraction,
-            beta1=recipe.betas[0],
-            beta2=recipe.betas[1],
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            amsgrad=False,
-            maximize=False,
-            fused=masters.is_cuda,
-        )
+        if recipe.muon:
+            muon(masters, self.p.grad, average, recipe.lr * fraction)
+        else:
+            steps = torch.tensor(steps - 1.0, device=masters.device)
+            adamw(
+                [masters], [self.p.grad], [average], squares, [], [steps],
+                lr=recipe.lr * fraction,
+                beta1=recipe.betas[0],
+                beta2=recipe.betas[1],
+                eps=recipe.eps,
+                weight_decay=recipe.weight_decay,
+                amsgrad=False,
+                maximize=False,
+                fused=masters.is_cuda,
+            )
+        self.p.copy_(masters)
 
 
 class Learner:
-    """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
-    al. 2020)."""
+    """A model that learns on all ranks. Its weights have the type of the arithmetic, gradients are added up in float32,
+    and the rest is held once over the ranks: ZeRO's first stage (Rajbhandari et al. 2020). Between updates the
+    gradients carry state from rank to rank."""
 
     @torch.no_grad()
     def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
         """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
         self.ranks = ranks
         config = ranks.share(model and model.config)
-        self.model = model or empty_model(config)
-        recipes = recipes_of(self.model, rates)
-        self.segments = [Segment(*recipe, dtype, ranks) for recipe in recipes.items()]
         theirs = dict(model.named_parameters()) if model else {}
-        parameters = {}
+        self.model = model or empty_model(config)
+        weights = {}
         for name, p in self.model.named_parameters():
+            weights[name] = torch.empty(p.shape, dtype=dtype, device=ranks.device)
             if not p.requires_grad:         # the base of adapters
-                x = p if model else torch.empty_like(p, device="cpu")
-                parameters[name] = x.to(ranks.device, dtype)
-                ranks.broadcast(parameters[name])
-        for segment in self.segments:
-            parameters |= segment.parameters
-        self.model.load_state_dict(parameters, assign=True)
-        for segment in self.segments:
-            for name, gradient in segment.gradients.items():
-                p = self.model.get_parameter(name)
-                p.grad_dtype = torch.float32
-                p.grad = gradient
+                if model:
+                    weights[name].copy_(p)
+                ranks.broadcast(weights[name])
+        self.model.load_state_dict(weights, assign=True)
+        learned = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.shares, loads = {}, [0] * ranks.size
+        for name, p in sorted(learned, key=lambda item: -item[1].numel()):  # each to the rank with the least to hold
+            p.grad_dtype = torch.float32
+            p.grad = torch.zeros_like(p, dtype=torch.float32)
+            recipe = recipe_of(name, p.shape, config, rates)
+            averages = ["exp_avg"] if recipe.muon else ["exp_avg", "exp_avg_sq"]
+            owner = loads.index(min(loads))
+            loads[owner] += p.numel() * (1 + len(averages))
+            mine = owner == ranks.rank
+            state = {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
+            self.shares[name] = Share(p, recipe, owner, {"masters": p.detach().float() if mine else None, **state})
         self.load_state({"updates": 0, "masters": theirs})
 
     @torch.no_grad()
     def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
-        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its parts, at this
+        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its share, at this
         fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
         not finite no step is made."""
-        for segment in self.segments:
-            self.ranks.add_up(segment.gradient.div_(num_tokens))
-        norm = torch.stack([segment.gradient.norm() for segment in self.segments]).norm().item()
+        shares = self.shares.values()
+        for share in shares:
+            self.ranks.add_up(share.p.grad.div_(num_tokens))
+        norm = torch.stack([share.p.grad.norm() for share in shares]).norm().item()
         if math.isfinite(norm):
             self.steps += 1
-            for segment in self.segments:
+            for share in shares:
                 if 0 < clip < norm:
-                    segment.mine.mul_(clip / norm)
-                segment.step(self.steps, fraction)
-                self.ranks.exchange(segment.state["masters"], segment.weight_parts)
+                    share.p.grad.mul_(clip / norm)
+                if share.owner == self.ranks.rank:
+                    share.step(self.steps, fraction)
+                self.ranks.broadcast(share.p, share.owner)
         return norm
 
     @torch.no_grad()
     def save_state(self) -> dict:
         """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
-        averages, in host memory. The gradient is lost."""
-        state = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        for segment in self.segments:
-            for name, mine in segment.state.items():
-                self.ranks.exchange(mine, segment.gradient_parts)
+        averages, in host memory. The gradients are lost."""
+        saved = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, share in self.shares.items():
+            for kind, x in share.state.items():
+                if x is not None:
+                    share.p.grad.copy_(x)
+                self.ranks.broadcast(share.p.grad, share.owner)
                 if self.ranks.rank == 0:
-                    state[name] |= {key: x.to("cpu", copy=True) for key, x in segment.gradients.items()}
-        self.model.zero_grad(set_to_none=False)
-        return state
+                    saved[kind][name] = share.p.grad.to("cpu", copy=True)
+            share.p.grad.zero_()
+        return saved
 
     @torch.no_grad()
-    def load_state(self, state: dict) -> None:
+    def load_state(self, saved: dict) -> None:
         """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
-        self.steps = self.ranks.share(state.get("updates"))
-        for segment in self.segments:
-            for name, mine in segment.state.items():
-                saved = state.get(name, {})
-                for key, x in segment.gradients.items():
-                    x.copy_(saved.get(key, torch.zeros(())))
-                    self.ranks.broadcast(x)
-                mine.copy_(segment.mine)
-            self.ranks.exchange(segment.state["masters"], segment.weight_parts)
-        self.model.zero_grad(set_to_none=False)
+        self.steps = self.ranks.share(saved.get("updates"))
+        for name, share in self.shares.items():
+            for kind, x in share.state.items():
+                share.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
+                self.ranks.broadcast(share.p.grad)
+                if x is not None:
+                    x.copy_(share.p.grad)
+                if kind == "masters":
+                    share.p.copy_(share.p.grad)
+            share.p.grad.zero_()

@@ -36,12 +36,12 @@ class Job:
 
 
 def sizes(config: Config) -> tuple[int, int, int, int]:
-    """Elements that learn, in a Learner's vectors, elements that do not, those of the largest matrix that learns, and those
+    """Elements that learn, elements that do not, those of the largest matrix that learns, and those
     that learn with Muon, which has no squares."""
     parameters = dict(gpt.empty_model(config).named_parameters())
-    learned = {name: gpt.rounded_up(p.numel(), 64) for name, p in parameters.items() if p.requires_grad}
+    learned = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
-    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, chat_rl.Flags()).shape]
+    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, chat_rl.Flags()).muon]
     return sum(learned.values()), frozen, max(n for name, n in learned.items() if name.startswith("transformer.h")), sum(muon)
 
 
@@ -144,16 +144,13 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
 
 
 def step(job: Job) -> float:
-    """Bytes of the work of the optimizers, one stretch of parameters after another, on the rank with the most to do."""
+    """Bytes of the work of the optimizers, one parameter after another."""
     most = 0.0
-    for recipe, shapes in gpt.recipes_of(gpt.empty_model(job.config), chat_rl.Flags()).items():
-        atom = gpt.rounded_up(recipe.shape.numel(), 64)
-        whole = sum(gpt.rounded_up(shape.numel(), 64) for shape in shapes.values())
-        size = gpt.rounded_up(whole / job.ranks, atom)
-        if recipe.shape:
-            most = max(most, size * (2 if job.fused else 4) * (3 + 3 * min(recipe.shape) / max(recipe.shape)))
-        elif not job.fused:
-            most = max(most, 8 * size)
+    for name, p in gpt.empty_model(job.config).named_parameters():
+        if p.requires_grad and gpt.recipe_of(name, p.shape, job.config, chat_rl.Flags()).muon:
+            most = max(most, p.numel() * (2 if job.fused else 4) * (3 + 3 * min(p.shape) / max(p.shape)))
+        elif p.requires_grad and not job.fused:
+            most = max(most, 8 * p.numel())
     return most
 
 

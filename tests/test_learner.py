@@ -59,11 +59,11 @@ def test_recipes_are_nanochats(generation):
     for name, p in model.named_parameters():
         recipe = gpt.recipe_of(name, p.shape, model.config, Rates(weight_decay=0.1))
         if name.startswith("transformer.h."):
-            assert (recipe.lr, recipe.shape, recipe.weight_decay) == (0.02, p.shape, 0)
+            assert (recipe.lr, recipe.muon, recipe.weight_decay) == (0.02, True, 0)
             continue
         row, = [row for row in table if name.startswith(row[0])]
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.eps) == (pytest.approx(row[1]), *row[2:], 1e-10)
-        assert not recipe.shape
+        assert not recipe.muon
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -74,7 +74,7 @@ def test_recipes_of_other_models(rank):
     for name, p in model.named_parameters():
         recipe = gpt.recipe_of(name, p.shape, config, rates)
         wanted = 2.0 if "lm_head" in name else 3.0 if p.ndim == 2 and "wte" not in name else 1.0
-        assert (recipe.lr, recipe.betas, recipe.eps, recipe.shape) == (wanted, (0.9, 0.95), 1e-8, torch.Size())
+        assert (recipe.lr, recipe.betas, recipe.eps, recipe.muon) == (wanted, (0.9, 0.95), 1e-8, False)
         assert recipe.weight_decay == (0.5 if "lm_head" in name or "wte" in name else 0)
         assert p.requires_grad == ("lora_" in name or not rank)
 
@@ -103,8 +103,8 @@ def learn(kind: str, dtype: torch.dtype, ranks: gpt.Ranks, folder: Path, begin: 
         learner.load_state(torch.load(path) if ranks.rank == 0 else {})
     for i in range(begin, end):
         gradients(learner, i)
-        for segment in learner.segments:
-            segment.gradient /= ranks.size
+        for share in learner.shares.values():
+            share.p.grad /= ranks.size
         learner.update(2.0, 0.5, 3.0)
     state = learner.save_state()
     sizes = ranks.all_gather(sum(x.nbytes for x in state_of(learner, "masters", "exp_avg", "exp_avg_sq")))

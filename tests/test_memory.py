@@ -63,9 +63,9 @@ def measure(job: Job, number: int, port: int, file: Path) -> None:
     learner = gpt.Learner(None if number else model, ranks, model.dtype, chat_rl.Flags())
     kinds = ["masters", "exp_avg", "exp_avg_sq"][job.itemsize == 4 :]
     parts = {
-        "weights": sum(segment.weights.nbytes for segment in learner.segments),
+        "weights": sum(p.nbytes for p in learner.model.parameters() if p.requires_grad),
         "base of adapters": sum(p.nbytes for p in learner.model.parameters() if not p.requires_grad),
-        "gradient": sum(segment.gradient.nbytes for segment in learner.segments),
+        "gradient": sum(p.grad.nbytes for p in learner.model.parameters() if p.requires_grad),
         "masters and averages": sum(x.nbytes for x in state_of(learner, *kinds)),
     }
     peaks = {
