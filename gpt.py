@@ -629,7 +629,7 @@ class GPT(nn.Module):
 
         blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.transformer = nn.ModuleDict({"wte": table(C), "h": blocks})
-        self.norm = norm_of(config, C)
+        self.last_norm = norm_of(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
         width = config.n_kv_head * config.head_dim
@@ -695,7 +695,7 @@ class GPT(nn.Module):
                 middle = x
         if config.smear:
             x = x - self.backout_lambda * middle
-        return self.norm(x)
+        return self.last_norm(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
@@ -1096,28 +1096,29 @@ def completion_logprobs(
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-BLOCK = {
+NAMES = {                                   # parts of GPT's names of parameters -> Hugging Face's and PEFT's, in turn
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "last_norm": "model.norm",
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_gate": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
+    "attn": "self_attn",
+    "c_q": "q_proj",
+    "c_k": "k_proj",
+    "c_v": "v_proj",
+    "c_proj": "o_proj",
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
 }
-KINDS = {"weight": "weight", "bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
-def huggingface_names(n_layer: int) -> dict[str, str]:
-    """GPT's names of parameters -> Hugging Face's and PEFT's, for all that a family here can have."""
-    modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-    for i in range(n_layer):
-        modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
-    return {f"{a}.{x}": f"{b}.{y}" for a, b in modules.items() for x, y in KINDS.items()}
+def huggingface_name(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1246,7 +1247,7 @@ def load_huggingface(
     tokenizer = ChatTokenizer(folder, template, variables)
     raw = json.loads(tokenizer.files["config.json"])
     config = huggingface_config(raw, tokenizer.vocab_size)
-    names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
+    names = {huggingface_name(name): name for name in [*empty_model(config).state_dict(), "lm_head.weight"]}
     files = {"model.safetensors"}           # which transformers too prefers
     if not (folder / "model.safetensors").exists():
         files = {*json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()}
@@ -1298,8 +1299,9 @@ def merge(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def save_adapter(folder: Path, rank: int, tensors: dict[str, Tensor], base: str) -> None:
-    """PEFT's folder of adapters, under its names, to a model that is found at `base`."""
+def save_adapter(folder: Path, rank: int, state: dict[str, Tensor], base: str) -> None:
+    """PEFT's folder of the adapters in a state dict to a model that is found at `base`."""
+    tensors = {f"base_model.model.{huggingface_name(key)}": x.cpu() for key, x in state.items() if "lora_" in key}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -1327,14 +1329,12 @@ def save_checkpoint(
         meta = {"step": step, "model_config": model.raw_config}
         write_file(folder / f"meta_{step:06d}.json", json.dumps(meta, indent=2).encode())
         return
-    names = huggingface_names(model.config.n_layer)
     with appearing(folder / f"{step:06d}") as part:
         part.mkdir()
         tokenizer.save(part)
-        huggingface_hub.save_torch_state_dict({names[key]: x for key, x in weights.items()}, part)
+        huggingface_hub.save_torch_state_dict({huggingface_name(key): x for key, x in weights.items()}, part)
         if model.config.lora_rank:
-            adapters = {f"base_model.model.{names[key]}": x.cpu().clone() for key, x in state.items() if "lora_" in key}
-            save_adapter(part / "adapter", model.config.lora_rank, adapters, source)
+            save_adapter(part / "adapter", model.config.lora_rank, state, source)
 
 
 def find_folder(place: str) -> Path:
@@ -1403,22 +1403,22 @@ def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recip
     """nanochat's models learn as nanochat has it, the matrices of their blocks with Muon unless these are adapters;
     others with AdamW throughout, norms and biases at the embedding's rate. `rates` is anything with an embedding_lr,
     an unembedding_lr, a matrix_lr and a weight_decay, which is for the two tables."""
-    nanochat = not config.norm_weights
-    scale = (config.n_embd / 768) ** -0.5 if nanochat else 1.0
-    embedding = rates.embedding_lr * scale
     matrix = len(shape) == 2 and name.startswith("transformer.h")
-    recipes = {                             # the rate, betas and weight decay of names that begin like this
-        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96), rates.weight_decay),
-        "transformer.wte": (embedding, (0.8, 0.995), rates.weight_decay),
-        "value_embeds": (embedding / 2, (0.8, 0.995), 0.0),
-        "resid_lambdas": (0.005, (0.8, 0.95), 0.0),
-        "x0_lambdas": (0.5, (0.96, 0.95), 0.0),
-        "": (0.2 if nanochat else embedding, (0.8, 0.95), 0.0),  # smear and backout; norms and biases
+    decay = rates.weight_decay if name.startswith(("transformer.wte", "lm_head")) else 0.0
+    if config.norm_weights:                 # not nanochat's
+        lr = rates.unembedding_lr if name.startswith("lm_head") else rates.embedding_lr
+        return Recipe(False, rates.matrix_lr if matrix else lr, (0.9, 0.95), 1e-8, decay)
+    scale = (config.n_embd / 768) ** -0.5
+    rates_and_betas = {                     # of names that begin like this
+        "transformer.h": (rates.matrix_lr, (0.9, 0.95)),
+        "transformer.wte": (rates.embedding_lr * scale, (0.8, 0.995)),
+        "value_embeds": (rates.embedding_lr * scale / 2, (0.8, 0.995)),
+        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96)),
+        "resid_lambdas": (0.005, (0.8, 0.95)),
+        "x0_lambdas": (0.5, (0.96, 0.95)),
+        "": (0.2, (0.8, 0.95)),             # smear and backout
     }
-    lr, betas, decay = next(value for prefix, value in recipes.items() if name.startswith(prefix))
-    lr, betas = (rates.matrix_lr, (0.9, 0.95)) if matrix else (lr, betas)
-    if not nanochat:
-        return Recipe(False, lr, (0.9, 0.95), 1e-8, decay)
+    lr, betas = next(value for start, value in rates_and_betas.items() if name.startswith(start))
     return Recipe(matrix and not config.lora_rank, lr, betas, 1e-10, decay)
 
 
