@@ -1,7 +1,6 @@
 """The sampler and the policy: against one row at a time written out, and each random number in its place."""
 import math
 import re
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,7 +17,7 @@ GENERATIONS = list(gpt.GENERATIONS)
 def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temperature, top_k, seed) -> gpt.Completion:
     """One row alone: the whole of it forward at each token, the distribution written out in float64."""
     tokens, mask, logprobs, forced = [], [], [], []
-    numbers = gpt.uniforms(seed, key, sample, size=max_new_tokens).tolist()
+    numbers = gpt.uniforms(seed, key, sample, numpy.arange(max_new_tokens)).tolist()
     for t in range(max_new_tokens):
         raw = model.lm_head(model(torch.tensor([prompt + tokens]))[0, -1:])[0, :model.config.vocab_size].double()
         scores, ids = (15 * torch.tanh(raw / 15)).tolist(), list(range(len(raw)))
@@ -77,11 +76,12 @@ def test_completions_depend_on_nothing_in_their_batch(tokenizer):
     assert [c.tokens.tolist() for c in sum(together, [])] == [c.tokens[:20].tolist() for c in sum(longer, [])]
 
 
-def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn(monkeypatch):
-    """No number is 0 or 1, which would draw a token of no probability."""
-    monkeypatch.setattr(gpt, "generator", lambda *_: SimpleNamespace(integers=lambda high, size: numpy.array([0, high - 1])))
-    numbers = gpt.uniforms(1, size=2)
-    assert 0 < numbers[0] < 1e-6 and 1 - 1e-6 < numbers[1] < 1
+def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn():
+    """No number is 0 or 1, which would draw a token of no probability: the ends of 2^26 numbers, among which every value of
+    the grid is to be expected eight times."""
+    numbers = [[x.min(), x.max()] for x in (gpt.uniforms(i, numpy.arange(2 ** 22)) for i in range(16))]
+    numbers = numpy.array([min(numbers)[0], max(high for _, high in numbers)])
+    assert 0 < numbers[0] < 2 ** -23 and 1 - 2 ** -23 < numbers[1] < 1
     logits = torch.tensor([-1e4, 0.0, 0.0, -1e4]).expand(2, -1)
     assert gpt.Policy(1.0, 0).draw(logits, torch.from_numpy(numbers))[0].tolist() == [1, 2]
 
@@ -102,8 +102,10 @@ def test_uniform_numbers():
     """Numbers are uniform between 0 and 1 along every counter, never 0 or 1, the same for any size, and alike for no two."""
     n, seen = 2 ** 11, []
     for place in range(4):
-        streams = [gpt.uniforms(*(i if at == place else 3 for at in range(4)), size=3) for i in range(n)]
-        assert streams[5][:2].tolist() == gpt.uniforms(*(5 if at == place else 3 for at in range(4)), size=2).tolist()
+        counters = [numpy.arange(n) if at == place else numpy.array(3) for at in range(4)]
+        streams = numpy.stack([gpt.uniforms(*counters, position) for position in range(3)], axis=1)
+        alone = gpt.uniforms(*(5 if at == place else 3 for at in range(4)), numpy.arange(2))
+        assert streams[5][:2].tolist() == alone.tolist()
         for x in numpy.array(streams).T.astype(float):
             ends = numpy.stack([numpy.arange(n), numpy.arange(1, n + 1)]) / n
             assert 0 < x.min() and x.max() < 1
@@ -119,13 +121,14 @@ def test_draw_has_the_distribution(temperature, top_k):
     raw, n = torch.randn(265, generator=torch.Generator().manual_seed(0)) * 20, 40_000
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
     tokens, logprobs, _ = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    tokens = tokens.long()
     scores = 15 * torch.tanh(raw.double() / 15) / temperature
     if top_k:
         scores[raw < raw.sort(descending=True).values[top_k - 1]] = -torch.inf
     p = scores.softmax(dim=-1)
     assert (tokens.bincount(minlength=265) - p * n).abs().max() < 1.1
     torch.testing.assert_close(logprobs, p.log().float()[tokens], rtol=0, atol=1e-5)
-    first, last = policy.draw(raw.expand(2, -1), torch.tensor([2 ** -24, 1 - 2 ** -24]))[0]
+    first, last = policy.draw(raw.expand(2, -1), torch.tensor([2 ** -24, 1 - 2 ** -24]))[0].long()
     assert p[first] > 0 and p[last] > 0
 
 
@@ -135,6 +138,7 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     raw = torch.randn(50, 265, generator=torch.Generator().manual_seed(0)) * 10
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
     tokens, logprobs, _ = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
+    tokens = tokens.long()
     scores = 15 * torch.tanh(raw / 15) / temperature
     if 0 < top_k < 265:
         scores[raw < raw.sort(descending=True).values[:, top_k - 1:top_k]] = -torch.inf
@@ -239,14 +243,14 @@ def test_generate_refuses_positions_beyond_the_last(tokenizer):
 
 def test_the_cache_grows_with_what_is_said(tokenizer, monkeypatch):
     """A limit of 300 tokens costs no room where rows end early; where they do not, the cache has grown to what they said."""
-    rooms, extend = [], gpt.Cache.extend
+    rooms, append = [], gpt.Cache.append
 
-    def note(cache, ids):
-        positions = extend(cache, ids)
-        rooms.append(cache.rooms[0].size(3) if cache.rooms else 0)
-        return positions
+    def note(cache, layer, new):
+        own = append(cache, layer, new)
+        rooms.append(cache.own[layer].size(3))
+        return own
 
-    monkeypatch.setattr(gpt.Cache, "extend", note)
+    monkeypatch.setattr(gpt.Cache, "append", note)
     for default, least, most in ((ord("a"), 300, 400), (tokenizer.assistant_end, 0, 64)):
         rooms.clear()
         groups = generate(scripted_model({256: [ord("a")]}, default), tokenizer, [[256]] * 2, 2, 300)
