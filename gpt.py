@@ -10,7 +10,6 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 """
 
 import ast
-import itertools
 import json
 import math
 import operator
