@@ -283,7 +283,7 @@ ORDER, DEALING, TRAINING, EVALUATION = range(1, 5)  # what random numbers are fo
 
 
 def shuffled(n: int, *counters: int) -> list[int]:
-    return gpt.generator(*counters).permutation(n).tolist()
+    return numpy.random.default_rng(counters).permutation(n).tolist()
 
 
 def questions_of_step(run: Run, step: int) -> list[Example]:
@@ -431,7 +431,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     drifts = []                             # log π / π_sampled of each minibatch's tokens, those of all ranks
     parts = minibatches(run, groups)
     for part in parts:
-        learner.gradient.zero_()
+        learner.model.zero_grad(set_to_none=False)
         costs = [sum(len(c.tokens) for c, _ in group.learned()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(torch.from_numpy(numpy.concatenate(ranks.all_gather(log_ratios.cpu().numpy()))).double())
@@ -1235,7 +1235,7 @@ def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal:
         chance += 0.2 * (right - chance)
         if chance >= goal:
             return step
-        learner.gradient.zero_()
+        learner.model.zero_grad(set_to_none=False)
         (-logprobs.sum()).backward()
         learner.update(len(logprobs))
     return 1000
@@ -1247,8 +1247,8 @@ def make_starter(folder: Path) -> None:
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     model.raw_config = shape
-    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32)
     flags = Flags(**TASKS["arithmetic"])
+    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, flags)
     examples = load_examples(flags, tokenizer, shape["sequence_len"], flags.data, "train")
     steps = teach(learner, tokenizer, examples, goal=0.6, size=128)
     gpt.save_checkpoint(folder, steps, learner.model, learner.model.state_dict(), tokenizer)
@@ -1368,10 +1368,9 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
 def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's model and the state that it goes on from."""
     flags = run.flags
-    rates = gpt.Rates(flags.embedding_lr, flags.unembedding_lr, flags.matrix_lr, flags.weight_decay)
     fast = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = flags.dtype or ("bfloat16" if fast else "float32")
-    learner = Learner(model, ranks, getattr(torch, dtype), rates)
+    learner = Learner(model, ranks, getattr(torch, dtype), flags)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)
@@ -1385,7 +1384,7 @@ def save(run: Run, learner: Learner) -> None:
     state = learner.save_state()
     if learner.ranks.rank:
         return
-    weights = {**learner.model.state_dict(), **learner.named(state["masters"])}
+    weights = {**learner.model.state_dict(), **state["masters"]}
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.source)
     state |= {key: getattr(run, key) for key in KEPT}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))

@@ -10,8 +10,6 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 """
 
 import ast
-import errno
-import itertools
 import json
 import math
 import operator
@@ -115,20 +113,15 @@ class Ranks:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Adds the ranks' tensors up on their owner, in place; those of the others are spoilt."""
-        if self.size > 1 and len(tensor):
-            dist.reduce(tensor, owner)
+    def add_up(self, tensor: Tensor) -> None:
+        """Overwrites the ranks' tensors with their sum."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor, owner: int = 0) -> None:
         """Overwrites the ranks' tensors with their owner's."""
-        if self.size > 1 and len(tensor):
+        if self.size > 1:
             dist.broadcast(tensor, owner)
-
-    def move(self, tensor: Tensor, source: int, target: int) -> None:
-        """Overwrites the target's tensor with the source's; for these two ranks alone."""
-        if source != target and len(tensor):
-            dist.send(tensor, target) if self.rank == source else dist.recv(tensor, source)
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -136,11 +129,10 @@ class Ranks:
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.signal and time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
+        self.signal = self.signal or number
+        self.signalled = self.signalled or time.monotonic()
+        if time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
-        if not self.signal:
-            self.signal = number
-            self.signalled = time.monotonic()
         if self.interrupting:
             self.interrupting = False       # it is raised once
             raise Interrupted(number)
@@ -256,59 +248,38 @@ class Cache:
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 0):
         self.prefix = prefix
-        self.num_samples = num_samples
+        self.num_samples = num_samples      # of the group with the most rows
         self.size = 0
-        self.own = {}                       # layer -> (2, B, G, T, D), of a forward without a prefix
-        self.rooms = None                   # L times (2, B, G, at least size, D), of a cache to decode with
+        self.own = {}                       # layer -> (2, B, G, at least size, D); with a prefix only to decode
         self.last = None                    # (B, T, C) embeddings of the latest forward
-        self.slot_of_row = self.row_of_slot = None  # of uneven groups (B,), (P·N,)
-        if prefix is None:
-            return
-        self.shared = prefix.kv.unbind()    # L times (2, P, G, Lp, D)
-        self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples or 1)  # each row's entry of the prefix
-        rows = self.to_device(self.groups)
-        self.starts = prefix.lengths[rows]
-        self.last = prefix.embed[rows].unsqueeze(1)
-        if num_samples:
-            _, _, G, _, D = self.shared[0].shape
-            self.rooms = [kv.new_empty(2, len(rows), G, 0, D) for kv in self.shared]
+        if prefix is not None:
+            self.shared = prefix.kv.unbind()  # L times (2, P, G, Lp, D)
+            self.groups = numpy.arange(len(prefix.lengths)).repeat(num_samples or 1)  # each row's entry of the prefix
+            rows = self.to_device(self.groups)
+            self.starts = prefix.lengths[rows].unsqueeze(1)
+            self.last = prefix.embed[rows].unsqueeze(1)
+            self.slots = None               # (B,) each row's place in (P, N), where a group has fewer than N
 
     def to_device(self, index: numpy.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.prefix.lengths.device, non_blocking=True)
 
     def extend(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes room for the new tokens ids (B, T). Returns their positions from the question's start, (B or 1, T),
-        and those of all keys, beyond all reach where they are padding, (B or 1, Lp + S)."""
-        before, self.size = self.size, self.size + ids.size(1)
-        if self.rooms and self.size > self.rooms[0].size(3):
-            for layer, full in enumerate(self.rooms):  # one after another, by a quarter: this takes little at once
-                room = full.new_empty(*full.shape[:3], self.size + self.size // 4 + 16, full.size(4))
-                room[:, :, :, :before] = full[:, :, :, :before]
-                self.rooms[layer] = room
+        """Counts the new tokens ids (B, T) in. Returns their positions from the question's start, (B or 1, T), and
+        those of all keys, beyond all reach where they are padding, (B or 1, Lp + S)."""
+        self.size += ids.size(1)
         keys = torch.arange(self.size, device=ids.device, dtype=torch.int32).unsqueeze(0)
         if self.prefix is not None:
-            starts = self.starts.unsqueeze(1)
             shared = torch.arange(self.prefix.kv.size(4), device=ids.device, dtype=torch.int32)
-            shared = shared.masked_fill(shared >= starts, 2**30)
-            keys = torch.cat([shared, starts + keys], dim=1)
+            shared = shared.masked_fill(shared >= self.starts, 2**30)
+            keys = torch.cat([shared, self.starts + keys], dim=1)
         return keys[:, keys.size(1) - ids.size(1) :], keys
-
-    def previous(self, x: Tensor) -> Tensor:
-        """Embeddings x (B, T, C) of the new tokens -> those of the tokens before them, zero before the first."""
-        if self.last is None:
-            self.last = torch.zeros_like(x[:, :1])
-        before = self.last[:, -1:]
-        self.last = x
-        return torch.cat([before, x[:, :-1]], dim=1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
         (B, H, T, D)."""
         own = torch.stack((k, v))
-        if self.rooms:
-            room = self.rooms[layer][:, :, :, : self.size]
-            room[:, :, :, self.size - k.size(2) :] = own
-            return self.attend_in_groups(q, self.shared[layer], room, mask, scale)
+        if self.num_samples:
+            return self.attend_in_groups(q, self.shared[layer], self.append(layer, own), mask, scale)
         if self.prefix is None:
             self.own.setdefault(layer, own)  # a block that runs again in a backward leaves nothing new
         else:
@@ -317,6 +288,17 @@ class Cache:
         repeats = q.size(1) // k.size(1)
         k, v = own.unsqueeze(3).expand(-1, -1, -1, repeats, -1, -1).flatten(2, 3)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    def append(self, layer: int, new: Tensor) -> Tensor:
+        """Joins new keys and values (2, B, G, T, D) to the rows' own, whose room grows by a quarter where it is full:
+        (2, B, G, S, D)."""
+        room = self.own.get(layer, new[:, :, :, :0])
+        missing = self.size - room.size(3)
+        if missing > 0:
+            room = self.own[layer] = F.pad(room, (0, 0, 0, missing + self.size // 4 + 16))
+        own = room[:, :, :, : self.size]
+        own[:, :, :, -new.size(3) :] = new
+        return own
 
     def attend_in_groups(self, q: Tensor, shared: Tensor, own: Tensor, mask: Tensor, scale: float) -> Tensor:
         """`attend` where all rows of a group read one copy of their shared part (2, P, G, Lp, D)."""
@@ -333,38 +315,30 @@ class Cache:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
-        x = x if self.row_of_slot is None else x.index_select(0, self.row_of_slot)
-        x = x.unflatten(0, (-1, self.num_samples))
-        return x.transpose(1, 2).flatten(2, 3)
+        if self.slots is not None:
+            places = x.new_zeros(len(self.prefix.lengths) * self.num_samples, *x.shape[1:])
+            x = places.index_copy_(0, self.slots, x)
+        return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(P, G, N·, E) -> (B, G, ·, E)"""
-        x = x.unflatten(2, (self.num_samples, -1))
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.slot_of_row is None else x.index_select(0, self.slot_of_row)
+        x = x.unflatten(2, (self.num_samples, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
 
-    def select(self, rows: numpy.ndarray) -> Tensor:
-        """Keeps these rows (B',), ascending, and the questions that they belong to. Returns the rows on the device."""
-        kept, groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
+    def select(self, rows: numpy.ndarray) -> None:
+        """Keeps these rows (B',), ascending, and the questions that they belong to."""
+        kept, self.groups, counts = numpy.unique(self.groups[rows], return_inverse=True, return_counts=True)
         index = self.to_device(rows)
-        for layer, room in enumerate(self.rooms):
-            said = room[:, :, :, : self.size]
-            said[:, : len(rows)] = said.index_select(1, index)
-            self.rooms[layer] = room[:, : len(rows)]
+        for layer, room in self.own.items():
+            self.own[layer] = room.index_select(1, index)
         self.starts = self.starts.index_select(0, index)
         self.last = self.last.index_select(0, index)
         if len(kept) < len(self.prefix.lengths):
             self.prefix = self.prefix.rows(self.to_device(kept))
             self.shared = self.prefix.kv.unbind()
-        self.groups = groups
         self.num_samples = counts.max()
-        order = numpy.arange(len(rows))
-        slot_of_row = groups * self.num_samples + order - numpy.searchsorted(groups, groups)
-        row_of_slot = numpy.zeros(len(kept) * self.num_samples, dtype=numpy.int64)
-        row_of_slot[slot_of_row] = order
-        self.slot_of_row = self.to_device(slot_of_row)
-        self.row_of_slot = self.to_device(row_of_slot)
-        return index
+        place = numpy.arange(len(rows)) - numpy.searchsorted(self.groups, self.groups)  # within the group
+        self.slots = self.to_device(self.groups * self.num_samples + place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -654,19 +628,19 @@ class GPT(nn.Module):
 
         blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.transformer = nn.ModuleDict({"wte": table(C), "h": blocks})
-        self.norm = norm_of(config, C)
+        self.last_norm = norm_of(config, C)
         if not config.tied:
             self.lm_head = Linear(C, rows)
         width = config.n_kv_head * config.head_dim
         gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
         self.value_embeds = nn.ModuleDict({i: table(width) for i in gated})
         if config.lambdas:
-            self.resid_lambdas = nn.Parameter(torch.ones(L))
-            self.x0_lambdas = nn.Parameter(torch.zeros(L))
+            self.resid_lambdas = nn.Parameter(torch.linspace(1.15, 1.05, L))
+            self.x0_lambdas = nn.Parameter(torch.linspace(0.20, 0.05, L))
         if config.smear:
             self.smear_gate = Linear(SMEAR_WIDTH, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
-            self.backout_lambda = nn.Parameter(torch.zeros(1))
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         for name, p in self.named_parameters():
             p.requires_grad_("lora_" in name or not config.lora_rank)
 
@@ -680,25 +654,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
-        """Random weights to train from: nanochat's initialisation of the current generation."""
+        """Random matrices to train from, as large as nanochat makes them."""
         generator = torch.Generator().manual_seed(seed)
-        C = self.config.n_embd
-        L = self.config.n_layer
+        usual = self.config.n_embd**-0.5
+        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this in them
         for name, p in self.named_parameters():
-            if "c_proj" in name:
-                p.zero_()
-            elif "wte" in name:
-                p.normal_(std=0.8, generator=generator)
-            elif "lm_head" in name:
-                p.normal_(std=0.001, generator=generator)
-            elif p.ndim == 2:
-                bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
-                p.uniform_(-bound, bound, generator=generator)
-        if self.config.lambdas:
-            self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, L))
-            self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, L))
-        if self.config.smear:
-            self.backout_lambda.fill_(0.2)
+            if p.ndim == 2:
+                std = next(std for part, std in stds.items() if part in name)
+                p.normal_(std=std, generator=generator)
         return self
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
@@ -712,8 +675,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(ids)
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
-        previous = cache.previous(x)
+        last, cache.last = cache.last, x
         if config.smear:
+            last = torch.zeros_like(x) if last is None else last
+            previous = torch.cat([last[:, -1:], x[:, :-1]], dim=1)
             gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_WIDTH]))
             x = x + self.smear_lambda * gate * previous
         x0 = x
@@ -729,7 +694,7 @@ class GPT(nn.Module):
                 middle = x
         if config.smear:
             x = x - self.backout_lambda * middle
-        return self.norm(x)
+        return self.last_norm(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
@@ -972,19 +937,19 @@ class Policy:
         values, ids = logits.topk(min(self.top_k, logits.size(-1)))  # a softcap keeps the order
         return self.scores(values), ids
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> tokens (B,),
-        their logprobs (B,), and the entropy (B,) of the distributions that they are drawn from, in nats."""
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> (3, B):
+        tokens, as float32, which holds any id, their logprobs, and the entropies of what they are drawn from, in nats."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
         cumulative = p.cumsum(dim=-1)
-        entropy = -(p * logprobs).sum(dim=-1)
         aim = uniform.unsqueeze(1) * cumulative[:, -1:]
         pick = torch.searchsorted(cumulative, aim, right=True)
         pick = pick.clamp_(max=scores.size(-1) - 1)
         tokens = pick if ids is None else ids.gather(1, pick)
-        return tokens.squeeze(1), logprobs.gather(1, pick).squeeze(1), entropy
+        entropy = -(p * logprobs).sum(dim=-1, keepdim=True)
+        return torch.cat([tokens, logprobs.gather(1, pick), entropy], dim=1).T
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Logprobs of tokens (...), given logits (..., V). A token that rounding or an update pushed out of the top k
@@ -1000,16 +965,16 @@ class Policy:
 LOGITS_AT_ONCE = 2**26
 
 
-def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> list:
-    """work(logits, other) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more than
-    LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
+def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> Tensor:
+    """work(logits, other) (…, M) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more
+    than LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
 
-    def unembed_and_work(hidden: Tensor, other: Tensor) -> Any:
+    def unembed_and_work(hidden: Tensor, other: Tensor) -> Tensor:
         return work(model.unembed(hidden), other)
 
     run = recomputed(unembed_and_work, when=len(hidden) > size)
-    return list(map(run, hidden.split(size), other.split(size)))
+    return torch.cat(list(map(run, hidden.split(size), other.split(size))), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1026,14 +991,16 @@ class Completion:
     entropy: float = 0.0                    # of that policy, summed over the sampled tokens, in nats
 
 
-def generator(*counters: int) -> numpy.random.Generator:
-    """Random numbers for every combination of counters, which are not negative."""
-    return numpy.random.default_rng(counters)
-
-
-def uniforms(*counters: int, size: int) -> numpy.ndarray:
-    """Random float32 (size,) between 0 and 1, which are neither; the first ones are the same for any size."""
-    return ((generator(*counters).integers(2**23, size=size) + 0.5) / 2**23).astype(numpy.float32)
+def uniforms(*counters: int | numpy.ndarray) -> numpy.ndarray:
+    """Random float32 between 0 and 1, neither of them included, as a function of counters that are not negative:
+    SplitMix64 (Steele et al. 2014) takes them in one after another. Arrays of counters broadcast."""
+    x = numpy.zeros(1, numpy.uint64)
+    for counter in counters:
+        x = x + numpy.asarray(counter, numpy.uint64) + 0x9E3779B97F4A7C15
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
+        x = (x ^ x >> 27) * 0x94D049BB133111EB
+        x = x ^ x >> 31
+    return (((x >> 41) + 0.5) / 2**23).astype(numpy.float32)
 
 
 class Transcript:
@@ -1043,7 +1010,7 @@ class Transcript:
         self.tokenizer = tokenizer
         self.said = numpy.zeros((3, num_rows, max_new_tokens))  # tokens, their logprobs and entropies
         self.forced = numpy.full((num_rows, max_new_tokens), -1)  # −1: sampled
-        self.lengths = numpy.zeros(num_rows, dtype=int)  # 0: not yet ended
+        self.lengths = numpy.full(num_rows, max_new_tokens)  # at most, of those that have not ended
 
     def write(self, t: int, rows: numpy.ndarray, drawn: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Writes down what was drawn (3, B) for position t of the rows (B,), or forced, and answers their calls.
@@ -1052,32 +1019,22 @@ class Transcript:
         drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
         self.said[:, rows, t] = drawn
         tokens = drawn[0].astype(int)
-        going = self.lengths[rows] == 0
-        for row in rows[going & (tokens == self.tokenizer.call_end)]:
+        open_rows = self.lengths[rows] > t      # some have ended before, and are not yet out of the batch
+        for row in rows[open_rows & (tokens == self.tokenizer.call_end)]:
             said = self.said[0, row, : t + 1].astype(int)
             result = self.tokenizer.answer_call(said.tolist())
             rest = self.forced[row, t + 1 :]
             rest[: len(result)] = result[: len(rest)]
-        last = t + 1 == self.forced.shape[1]
-        ended = last | numpy.isin(tokens, self.tokenizer.stops)
-        self.lengths[rows[going & ended]] = t + 1
-        return tokens, going & ~ended
+        self.lengths[rows[open_rows & numpy.isin(tokens, self.tokenizer.stops)]] = t + 1
+        return tokens, self.lengths[rows] > t + 1
 
     def groups(self, num_samples: int) -> list[list[Completion]]:
         """The completions, so many to a list."""
-        tokens, logprobs, entropies = self.said
-        columns = tokens.astype(int), self.forced < 0, logprobs.astype(numpy.float32), entropies, self.lengths
         completions = [
-            Completion(ids[:n].copy(), mask[:n].copy(), p[:n].copy(), float(h[:n].sum()))
-            for ids, mask, p, h, n in zip(*columns)
+            Completion(ids[:n].astype(int), forced[:n] < 0, p[:n].astype(numpy.float32), float(entropies[:n].sum()))
+            for ids, p, entropies, forced, n in zip(*self.said, self.forced, self.lengths)
         ]
         return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
-
-
-def draw(model: GPT, hidden: Tensor, uniform: Tensor, policy: Policy) -> Tensor:
-    """Tokens, logprobs and entropies (3, B) after hidden states (B, C); float32 holds any token's id."""
-    drawn = in_pieces(model, policy.draw, hidden, uniform)
-    return torch.cat([torch.stack(part) for part in drawn], dim=1)
 
 
 @torch.inference_mode()
@@ -1104,20 +1061,19 @@ def generate(
         raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
     cache = Cache(prefill(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
-    names = itertools.product(keys or range(len(prompts)), range(num_samples))
-    stream = numpy.stack([uniforms(*seed, *name, size=max_new_tokens) for name in names])
-    stream = torch.from_numpy(stream).to(model.device)
+    keys = numpy.array(keys or range(len(prompts)))
     rows = numpy.arange(len(hidden))        # those in the cache
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):
-        drawn = draw(model, hidden, stream[:, t], policy)
+        uniform = uniforms(*seed, keys[rows // num_samples], rows % num_samples, t)
+        drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
         if progress:
             progress(int((transcript.lengths == t + 1).sum()))
         if not going.any():
             break
         if going.sum() <= 0.75 * len(rows):
-            stream = stream.index_select(0, cache.select(going.nonzero()[0]))
+            cache.select(going.nonzero()[0])
             rows, tokens = rows[going], tokens[going]
         hidden = model(cache.to_device(tokens).unsqueeze(1), cache).squeeze(1)
     return transcript.groups(num_samples)
@@ -1133,34 +1089,35 @@ def completion_logprobs(
     hidden = model(tokens[:, :-1], Cache(prefix))
     hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
     logprobs = in_pieces(model, policy.logprobs, hidden[sampled], tokens[sampled])
-    return torch.cat(logprobs), sampled.nonzero()[:, 0]
+    return logprobs, sampled.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanochat's and Hugging Face's folders
 
-BLOCK = {
+NAMES = {                                   # parts of GPT's names of parameters -> Hugging Face's and PEFT's, in turn
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "last_norm": "model.norm",
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_gate": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
+    "attn": "self_attn",
+    "c_q": "q_proj",
+    "c_k": "k_proj",
+    "c_v": "v_proj",
+    "c_proj": "o_proj",
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
 }
-KINDS = {"weight": "weight", "bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
-def huggingface_names(n_layer: int) -> dict[str, str]:
-    """GPT's names of parameters -> Hugging Face's and PEFT's, for all that a family here can have."""
-    modules = {"transformer.wte": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-    for i in range(n_layer):
-        modules |= {f"transformer.h.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
-    return {f"{a}.{x}": f"{b}.{y}" for a, b in modules.items() for x, y in KINDS.items()}
+def huggingface_name(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1172,37 +1129,26 @@ class PlainUnpickler(pickle.Unpickler):
         return tiktoken.Encoding
 
 
-def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:     # as some network disks refuse it for folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that is to appear at `path` whole or not at all: beside it, to be flushed to
-    disk and renamed. Raises OSError, also for what torch and safetensors have heard from the disk."""
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Where to write a file or a folder that is to appear at `path` whole or not at all: in a folder beside it, to be
+    flushed to disk and moved. Raises OSError, also for what torch and safetensors have heard from the disk."""
+    beside = path.with_name(path.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    part = beside / path.name
     try:
         yield part
         for written in (part, *part.rglob("*")):
-            flush(written)
+            if written.is_file():
+                with open(written, "rb") as file:
+                    os.fsync(file)
         shutil.rmtree(path, ignore_errors=True)
         part.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {path} ({one_line(error.__context__ or error)})") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
-    flush(path.parent)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | Callable) -> None:
@@ -1220,9 +1166,8 @@ def read_state(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def checkpoint_steps(directory: str | Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """The steps that a folder has whole, ascending: of nanochat's format a model and a meta file."""
-    folder = Path(directory)
     steps = [path.parent.name for path in folder.glob("*/config.json")]
     steps += {path.stem[6:] for path in folder.glob("model_*.pt")} & {path.stem[5:] for path in folder.glob("meta_*")}
     return sorted(int(step) for step in steps if step.isdecimal())
@@ -1259,9 +1204,23 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 COPY_AGAIN = "copy it here again"
 
 
-def load_nanochat(path: Path) -> tuple:
-    """The model_config (a dict), Config, weights (a dict) and Tokenizer of nanochat's model file. The tokenizer's is
-    beside it, or two folders up in tokenizer/."""
+def build(config: Config, state: dict[str, Tensor], raw_config: dict) -> GPT:
+    """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
+    naming the key, on one that is none of the config's."""
+    model = empty_model(config)
+    model.raw_config = raw_config
+    model.stored_types = {key: x.dtype for key, x in state.items()}
+    generator = torch.Generator().manual_seed(42)
+    for key, x in model.state_dict().items():
+        if "lora_" in key:
+            std = x.size(1) ** -0.5 if key.endswith("lora_a") else 0.0
+            state[key] = torch.normal(0.0, std, x.shape, generator=generator)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
+    """What nanochat's model file holds. The tokenizer's is beside it, or two folders up in tokenizer/."""
     beside = path.with_name("tokenizer.pkl")
     above = path.absolute().parent.parent.parent / "tokenizer" / "tokenizer.pkl"
     place = beside if beside.exists() else above
@@ -1276,16 +1235,18 @@ def load_nanochat(path: Path) -> tuple:
     rows = len(state["transformer.wte.weight"])
     if not tokenizer.vocab_size == known <= rows:
         raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
-    return raw, nanochat_config(detect_generation(state), **raw, vocab_rows=rows), state, tokenizer
+    config = nanochat_config(detect_generation(state), **raw, vocab_rows=rows, lora_rank=lora_rank)
+    return build(config, state, raw), tokenizer
 
 
-def load_huggingface(folder: Path, template: str, variables: dict | None) -> tuple:
-    """A Hugging Face folder's config.json (a dict), Config, weights under GPT's names (a dict; what no family has stays
-    under its own, quoted) and ChatTokenizer."""
+def load_huggingface(
+    folder: Path, lora_rank: int, template: str, variables: dict | None
+) -> tuple[GPT, ChatTokenizer]:
+    """What a folder of Hugging Face's holds."""
     tokenizer = ChatTokenizer(folder, template, variables)
     raw = json.loads(tokenizer.files["config.json"])
     config = huggingface_config(raw, tokenizer.vocab_size)
-    names = {theirs: ours for ours, theirs in huggingface_names(config.n_layer).items()}
+    names = {huggingface_name(name): name for name in [*empty_model(config).state_dict(), "lm_head.weight"]}
     files = {"model.safetensors"}           # which transformers too prefers
     if not (folder / "model.safetensors").exists():
         files = {*json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()}
@@ -1294,7 +1255,7 @@ def load_huggingface(folder: Path, template: str, variables: dict | None) -> tup
         with blaming(f"{folder / file} cannot be read", COPY_AGAIN):
             tensors = safetensors.torch.load_file(folder / file)
         state |= {
-            names.get(name, repr(name)): tensor
+            names.get(name, repr(name)): tensor  # quoted, what no family has
             for name, tensor in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")  # of old folders: it follows from the config
         }
@@ -1304,42 +1265,22 @@ def load_huggingface(folder: Path, template: str, variables: dict | None) -> tup
             f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says tie_word_embeddings: set "
             "that to false if the file's lm_head is meant"
         )
-    return raw, config, state, tokenizer
-
-
-def build(config: Config, state: dict[str, Tensor]) -> GPT:
-    """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
-    naming the key, on one that is none of the config's."""
-    model = empty_model(config)
-    model.stored_types = {key: x.dtype for key, x in state.items()}
-    generator = torch.Generator().manual_seed(42)
-    adapters = {key: torch.zeros(x.shape) for key, x in model.state_dict().items() if "lora_" in key}
-    for key, x in adapters.items():
-        if key.endswith("lora_a"):
-            x.normal_(std=x.size(1) ** -0.5, generator=generator)
-    model.load_state_dict({**adapters, **state}, assign=True)
-    return model
+    return build(replace(config, lora_rank=lora_rank), state, raw), tokenizer
 
 
 def load_checkpoint(
-    directory: str | Path,
-    step: int | None = None,
-    lora_rank: int = 0,
-    template: str = "",
-    variables: dict | None = None,
+    directory: Path, step: int | None = None, lora_rank: int = 0, template: str = "", variables: dict | None = None
 ) -> tuple[GPT, Any]:
     """Loads a model, on the CPU and in the types that it has on disk, and its tokenizer: from a nanochat folder (a step
     of it, or the last complete one), from one in Hugging Face's format, or from a run's that holds such folders. A
     `template` replaces the chat template, which is given the `variables`. Raises UserError, naming the file, on
     whatever is missing, broken or foreign."""
-    path = find_checkpoint(Path(directory), step)
+    path = find_checkpoint(directory, step)
     mend = f"{COPY_AGAIN}, or take a model of an architecture known here (nanochat's as model_<N>.pt)"
     with blaming(f"{path} cannot be loaded", mend):
-        of_hub = path.is_dir()
-        raw, config, state, tokenizer = load_huggingface(path, template, variables) if of_hub else load_nanochat(path)
-        model = build(replace(config, lora_rank=lora_rank), state)
-    model.raw_config = raw
-    return model, tokenizer
+        if path.is_dir():
+            return load_huggingface(path, lora_rank, template, variables)
+        return load_nanochat(path, lora_rank)
 
 
 @torch.no_grad()
@@ -1357,8 +1298,9 @@ def merge(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def save_adapter(folder: Path, rank: int, tensors: dict[str, Tensor], base: str) -> None:
-    """PEFT's folder of adapters, under its names, to a model that is found at `base`."""
+def save_adapter(folder: Path, rank: int, state: dict[str, Tensor], base: str) -> None:
+    """PEFT's folder of the adapters in a state dict to a model that is found at `base`."""
+    tensors = {f"base_model.model.{huggingface_name(key)}": x.cpu() for key, x in state.items() if "lora_" in key}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -1373,13 +1315,12 @@ def save_adapter(folder: Path, rank: int, tensors: dict[str, Tensor], base: str)
 
 
 def save_checkpoint(
-    directory: str | Path, step: int, model: GPT, state: dict[str, Tensor], tokenizer: Any, source: str = ""
+    folder: Path, step: int, model: GPT, state: dict[str, Tensor], tokenizer: Any, source: str = ""
 ) -> None:
     """Writes a checkpoint of the weights in `state`, which has GPT's names and may be of other types than the model, in
     the format that its tokenizer came in: nanochat's tokenizer.pkl, model_<step>.pt and last meta_<step>.json, or
     Hugging Face's folder <step>, in it PEFT's of the adapters to the model at `source`. Tensors have the types that
     they were loaded with. Raises OSError, leaving earlier checkpoints as they were."""
-    folder = Path(directory)
     weights = merge(model, state)
     if isinstance(tokenizer, Tokenizer):
         tokenizer.save(folder)
@@ -1387,14 +1328,12 @@ def save_checkpoint(
         meta = {"step": step, "model_config": model.raw_config}
         write_file(folder / f"meta_{step:06d}.json", json.dumps(meta, indent=2).encode())
         return
-    names = huggingface_names(model.config.n_layer)
     with appearing(folder / f"{step:06d}") as part:
         part.mkdir()
         tokenizer.save(part)
-        huggingface_hub.save_torch_state_dict({names[key]: x for key, x in weights.items()}, part)
+        huggingface_hub.save_torch_state_dict({huggingface_name(key): x for key, x in weights.items()}, part)
         if model.config.lora_rank:
-            adapters = {f"base_model.model.{names[key]}": x.cpu().clone() for key, x in state.items() if "lora_" in key}
-            save_adapter(part / "adapter", model.config.lora_rank, adapters, source)
+            save_adapter(part / "adapter", model.config.lora_rank, state, source)
 
 
 def find_folder(place: str) -> Path:
@@ -1429,7 +1368,7 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) -> about U·Vᵀ of their singular value decompositions; in bfloat16 on a GPU."""
+    """Matrices (…, rows, columns) -> about U·Vᵀ of their singular value decompositions; in bfloat16 on a GPU."""
     tall = x.size(-2) > x.size(-1)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x.mT if tall else x
@@ -1442,229 +1381,156 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def muon(p: Tensor, gradient: Tensor, average: Tensor, lr: float) -> None:
-    """A step of Muon (Jordan et al. 2024) for matrices (n, rows, columns): Nesterov momentum 0.95, orthogonalised,
+    """A step of Muon (Jordan et al. 2024) for matrices (…, rows, columns): Nesterov momentum 0.95, orthogonalised,
     times √max(1, rows / columns)."""
     average.lerp_(gradient, 0.05)
     update = orthogonalize(gradient.lerp(average, 0.95))
-    p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(1) / p.size(2))))
+    p.sub_(update, alpha=lr * math.sqrt(max(1, p.size(-2) / p.size(-1))))
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates, and the weight decay of the embedding and the unembedding."""
+class Recipe(NamedTuple):
+    """How a parameter learns: with Muon, or with AdamW (Loshchilov and Hutter 2019)."""
 
-    embedding_lr: float = 0.2
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How parameters learn: with Muon, matrices of one shape; else with AdamW (Loshchilov and Hutter 2019)."""
-
+    muon: bool
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    shape: torch.Size = torch.Size()        # of Muon's matrices
 
 
-def recipe_of(name: str, shape: torch.Size, config: Config, rates: Rates) -> Recipe:
+def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recipe:
     """nanochat's models learn as nanochat has it, the matrices of their blocks with Muon unless these are adapters;
-    others with AdamW throughout, norms and biases at the embedding's rate."""
-    nanochat = not config.norm_weights
-    scale = (config.n_embd / 768) ** -0.5 if nanochat else 1.0
-    embedding = rates.embedding_lr * scale
+    others with AdamW throughout, norms and biases at the embedding's rate. `rates` is anything with an embedding_lr,
+    an unembedding_lr, a matrix_lr and a weight_decay, which is for the two tables."""
     matrix = len(shape) == 2 and name.startswith("transformer.h")
-    recipes = {                             # the rate, betas and weight decay of names that begin like this
-        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96), rates.weight_decay),
-        "transformer.wte": (embedding, (0.8, 0.995), rates.weight_decay),
-        "value_embeds": (embedding / 2, (0.8, 0.995), 0.0),
-        "resid_lambdas": (0.005, (0.8, 0.95), 0.0),
-        "x0_lambdas": (0.5, (0.96, 0.95), 0.0),
-        "": (0.2 if nanochat else embedding, (0.8, 0.95), 0.0),  # smear and backout; norms and biases
+    decay = rates.weight_decay if name.startswith(("transformer.wte", "lm_head")) else 0.0
+    if config.norm_weights:                 # not nanochat's
+        lr = rates.unembedding_lr if name.startswith("lm_head") else rates.embedding_lr
+        return Recipe(False, rates.matrix_lr if matrix else lr, (0.9, 0.95), 1e-8, decay)
+    scale = (config.n_embd / 768) ** -0.5
+    rates_and_betas = {                     # of names that begin like this
+        "transformer.h": (rates.matrix_lr, (0.9, 0.95)),
+        "transformer.wte": (rates.embedding_lr * scale, (0.8, 0.995)),
+        "value_embeds": (rates.embedding_lr * scale / 2, (0.8, 0.995)),
+        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96)),
+        "resid_lambdas": (0.005, (0.8, 0.95)),
+        "x0_lambdas": (0.5, (0.96, 0.95)),
+        "": (0.2, (0.8, 0.95)),             # smear and backout
     }
-    lr, betas, decay = next(value for prefix, value in recipes.items() if name.startswith(prefix))
-    lr, betas = (rates.matrix_lr, (0.9, 0.95)) if matrix else (lr, betas)
-    if not nanochat:
-        return Recipe(lr, (0.9, 0.95), 1e-8, decay)
-    return Recipe(lr, betas, 1e-10, decay, shape if matrix and not config.lora_rank else torch.Size())
+    lr, betas = next(value for start, value in rates_and_betas.items() if name.startswith(start))
+    return Recipe(matrix and not config.lora_rank, lr, betas, 1e-10, decay)
 
 
-class Segment(NamedTuple):
-    """A stretch of the vectors of a Learner, all of whose parameters learn alike."""
+@dataclass
+class Share:
+    """A parameter that learns, and on the rank that owns it its state: float32 masters, which in float32 are the
+    weights, and the optimizer's averages, of which Muon has one."""
 
+    p: nn.Parameter
     recipe: Recipe
-    start: int
-    stop: int
-    atom: int                               # elements that stay together: a matrix of Muon's, or 64
+    owner: int
+    state: dict[str, Tensor | None]         # None on other ranks
 
-
-def cuts_of(segments: list[Segment], num_ranks: int) -> list[int]:
-    """Where the shares of so many ranks begin and end, which take as much state but for half an atom."""
-    costs = [(segment.stop - segment.start) * (2 if segment.recipe.shape else 3) for segment in segments]
-    cuts = [0]
-    for rank in range(1, num_ranks):
-        aim = sum(costs) * rank / num_ranks
-        for (_, start, stop, atom), cost in zip(segments, costs):
-            if 0 <= aim < cost:
-                cuts.append(start + round(aim / cost * (stop - start) / atom) * atom)
-            aim -= cost
-    return [*cuts, segments[-1].stop]
+    def step(self, steps: int, fraction: float) -> None:
+        """Steps the masters, at a fraction of the rate, and rounds them to weights."""
+        recipe = self.recipe
+        masters, average, *squares = self.state.values()
+        if recipe.muon:
+            muon(masters, self.p.grad, average, recipe.lr * fraction)
+        else:
+            steps = torch.tensor(steps - 1.0, device=masters.device)
+            adamw(
+                [masters], [self.p.grad], [average], squares, [], [steps],
+                lr=recipe.lr * fraction,
+                beta1=recipe.betas[0],
+                beta2=recipe.betas[1],
+                eps=recipe.eps,
+                weight_decay=recipe.weight_decay,
+                amsgrad=False,
+                maximize=False,
+                fused=masters.is_cuda,
+            )
+        self.p.copy_(masters)
 
 
 class Learner:
-    """A model that learns on all ranks, and what that takes, held once over them: ZeRO's first stage (Rajbhandari et
-    al. 2020).
-
-    The parameters that learn are views of one vector of weights, in the type of the arithmetic; those that learn alike
-    lie together, each at a multiple of 64 elements. Gradients are added up in a float32 vector alike. Each rank owns a
-    share of both, and has its `state`: float32 masters, which in float32 are the weights, and the optimizers' averages.
-    """
-
-    def __init__(self, source: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Rates = Rates()):
-        """From rank 0's model on a CPU, whose weights may have any types."""
-        self.ranks = ranks
-        self.steps = 0
-        self.model = empty_model(ranks.share(source and source.config)).to(dtype)
-        self.lay_out(rates)
-        self.weights = torch.zeros(self.cuts[-1], dtype=dtype, device=ranks.device)
-        self.gradient = torch.zeros(self.cuts[-1], device=ranks.device)
-        self.state = {name: torch.zeros_like(self.gradient[self.share_of(ranks.rank, name)]) for name in self.ends}
-        if dtype == torch.float32:
-            self.state["masters"] = self.weights[self.mine]
-        self.take_over(source)
-
-    def lay_out(self, rates: Rates) -> None:
-        """Gives each parameter that learns its place, and each rank its share."""
-        shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
-        members = {}                        # recipe -> names
-        for name, shape in shapes.items():
-            members.setdefault(recipe_of(name, shape, self.model.config, rates), []).append(name)
-        self.places, self.segments, end = {}, [], 0  # name -> (start, shape)
-        for recipe, names in sorted(members.items(), key=lambda item: len(item[0].shape)):  # AdamW's before Muon's
-            start = end
-            for name in names:
-                self.places[name] = end, shapes[name]
-                end += rounded_up(shapes[name].numel(), 64)
-            atom = (end - start) // len(names) if recipe.shape else 64
-            self.segments.append(Segment(recipe, start, end, atom))
-        squared = [segment.stop for segment in self.segments if not segment.recipe.shape]
-        self.ends = {"masters": end, "exp_avg": end, "exp_avg_sq": max(squared, default=0)}
-        self.cuts = cuts_of(self.segments, self.ranks.size)
-        self.mine = self.share_of(self.ranks.rank)
-
-    def share_of(self, rank: int, of: str = "masters") -> slice:
-        """A rank's share of the vectors of that name; Muon needs no squares."""
-        return slice(*(min(cut, self.ends[of]) for cut in self.cuts[rank : rank + 2]))
-
-    def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parameters that lie in a vector like that of the weights."""
-        return {name: vector[i : i + shape.numel()].view(shape) for name, (i, shape) in self.places.items()}
+    """A model that learns on all ranks. Its weights have the type of the arithmetic, gradients are added up in float32,
+    and the rest is held once over the ranks: ZeRO's first stage (Rajbhandari et al. 2020). Between updates the
+    gradients carry state from rank to rank."""
 
     @torch.no_grad()
-    def take_over(self, source: GPT | None) -> None:
-        """Makes the model's parameters views of the vectors, with the weights of rank 0's model."""
-        theirs = dict(source.named_parameters()) if source else {}
-        parameters = self.named(self.weights)
+    def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
+        """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
+        self.ranks = ranks
+        config = ranks.share(model and model.config)
+        theirs = dict(model.named_parameters()) if model else {}
+        self.model = model or empty_model(config)
+        weights = {}
         for name, p in self.model.named_parameters():
-            if name not in parameters:      # the base of adapters
-                x = theirs[name].data if source else torch.empty_like(p, device="cpu")
-                parameters[name] = x.to(self.ranks.device, p.dtype)
-                self.ranks.broadcast(parameters[name])
-        self.model.load_state_dict(parameters, assign=True)
-        for name, gradient in self.named(self.gradient).items():
-            p = self.model.get_parameter(name)
+            weights[name] = torch.empty(p.shape, dtype=dtype, device=ranks.device)
+            if not p.requires_grad:         # the base of adapters
+                if model:
+                    weights[name].copy_(p)
+                ranks.broadcast(weights[name])
+        self.model.load_state_dict(weights, assign=True)
+        learned = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.shares, loads = {}, [0] * ranks.size
+        for name, p in sorted(learned, key=lambda item: -item[1].numel()):  # each to the rank with the least to hold
             p.grad_dtype = torch.float32
-            p.grad = gradient
-        masters = torch.zeros(self.cuts[-1]) if source else None
-        if source:
-            vars(self.model).update(stored_types=source.stored_types, raw_config=source.raw_config)
-            for name, x in self.named(masters).items():
-                x.copy_(theirs[name])
-        self.scatter(masters, "masters")
-        self.publish()
+            p.grad = torch.zeros_like(p, dtype=torch.float32)
+            recipe = recipe_of(name, p.shape, config, rates)
+            averages = ["exp_avg"] if recipe.muon else ["exp_avg", "exp_avg_sq"]
+            owner = loads.index(min(loads))
+            loads[owner] += p.numel() * (1 + len(averages))
+            mine = owner == ranks.rank
+            state = {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
+            self.shares[name] = Share(p, recipe, owner, {"masters": p.detach().float() if mine else None, **state})
+        self.load_state({"updates": 0, "masters": theirs})
 
     @torch.no_grad()
     def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
         """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its share, at this
         fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
         not finite no step is made."""
-        for rank in range(self.ranks.size):
-            self.ranks.reduce(self.gradient[self.share_of(rank)], rank)
-        gradient = self.gradient[self.mine].div_(num_tokens)
-        norm = math.hypot(*self.ranks.all_gather(gradient.norm().item()))
-        if clip and norm > clip:
-            gradient.mul_(clip / norm)
+        shares = self.shares.values()
+        for share in shares:
+            self.ranks.add_up(share.p.grad.div_(num_tokens))
+        norm = torch.stack([share.p.grad.norm() for share in shares]).norm().item()
         if math.isfinite(norm):
             self.steps += 1
-            for segment in self.segments:
-                self.step(segment, fraction)
-            self.publish()
+            for share in shares:
+                if 0 < clip < norm:
+                    share.p.grad.mul_(clip / norm)
+                if share.owner == self.ranks.rank:
+                    share.step(self.steps, fraction)
+                self.ranks.broadcast(share.p, share.owner)
         return norm
 
-    def step(self, segment: Segment, fraction: float) -> None:
-        """Steps this rank's part of a segment."""
-        recipe = segment.recipe
-        start = max(segment.start, self.mine.start)
-        stop = min(segment.stop, self.mine.stop)
-        if start >= stop:
-            return
-        inside = slice(start - self.mine.start, stop - self.mine.start)
-        p, average, squares = (x[inside] for x in self.state.values())
-        gradient = self.gradient[start:stop]
-        if recipe.shape:
-            rows = (x.view(-1, segment.atom)[:, : recipe.shape.numel()] for x in (p, gradient, average))
-            return muon(*(x.unflatten(1, recipe.shape) for x in rows), recipe.lr * fraction)
-        steps = torch.tensor(float(self.steps), device=p.device)
-        adamw(
-            [p], [gradient], [average], [squares], [], [steps - 1],
-            lr=recipe.lr * fraction,
-            beta1=recipe.betas[0],
-            beta2=recipe.betas[1],
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            amsgrad=False,
-            maximize=False,
-            fused=p.is_cuda,
-        )
-
-    def publish(self) -> None:
-        """Rounds this rank's masters to weights, and sends all ranks' weights round."""
-        self.weights[self.mine].copy_(self.state["masters"])
-        for rank in range(self.ranks.size):
-            self.ranks.broadcast(self.weights[self.share_of(rank)], rank)
-
-    def gather(self, name: str) -> Tensor | None:
-        """All ranks' shares of a vector of the state, one after another into one in rank 0's host memory."""
-        me, share = self.ranks.rank, self.state[name]
-        whole = torch.empty(self.ends[name]) if me == 0 else None
-        for rank in range(self.ranks.size) if me == 0 else {me}:
-            part = self.share_of(rank, name)
-            x = share if rank == me else share.new_empty(part.stop - part.start)
-            self.ranks.move(x, rank, 0)
-            if whole is not None:
-                whole[part] = x
-        return whole
-
-    def scatter(self, whole: Tensor | None, name: str) -> None:
-        """Gives each rank its share of a vector in rank 0's host memory, one after another."""
-        me, share = self.ranks.rank, self.state[name]
-        for rank in range(self.ranks.size) if me == 0 else {me}:
-            part = self.share_of(rank, name)
-            x = share if rank == me else share.new_empty(part.stop - part.start)
-            if whole is not None:
-                x.copy_(whole[part])
-            self.ranks.move(x, 0, rank)
-
+    @torch.no_grad()
     def save_state(self) -> dict:
-        """On rank 0 what a run goes on from: the number of updates, and vectors of float32 masters and averages."""
-        return {"updates": self.steps, **{name: self.gather(name) for name in self.state}}
+        """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
+        averages, in host memory. The gradients are lost."""
+        saved = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for name, share in self.shares.items():
+            for kind, x in share.state.items():
+                if x is not None:
+                    share.p.grad.copy_(x)
+                self.ranks.broadcast(share.p.grad, share.owner)
+                if self.ranks.rank == 0:
+                    saved[kind][name] = share.p.grad.to("cpu", copy=True)
+            share.p.grad.zero_()
+        return saved
 
-    def load_state(self, state: dict) -> None:
-        """Takes up rank 0's, which another number of ranks may have saved."""
-        self.steps = self.ranks.share(state.get("updates"))
-        for name in self.state:
-            self.scatter(state.get(name), name)
-        self.publish()
+    @torch.no_grad()
+    def load_state(self, saved: dict) -> None:
+        """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
+        self.steps = self.ranks.share(saved.get("updates"))
+        for name, share in self.shares.items():
+            for kind, x in share.state.items():
+                share.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
+                self.ranks.broadcast(share.p.grad)
+                if x is not None:
+                    x.copy_(share.p.grad)
+                if kind == "masters":
+                    share.p.copy_(share.p.grad)
+            share.p.grad.zero_()

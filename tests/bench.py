@@ -86,14 +86,15 @@ def matmul_flops(model: gpt.GPT) -> int:
 def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
     model, tokenizer = make_model(nanochat_shape(depth, width), device, dtype), endless_tokenizer()
     generator, policy = torch.Generator().manual_seed(0), gpt.Policy(1.0, 50, model.config.softcap)
-    learner = gpt.Learner(model, gpt.Ranks(device), dtype)
-    model, weights = learner.model, learner.weights
+    learner = gpt.Learner(model, gpt.Ranks(device), dtype, chat_rl.Flags())
+    model = learner.model
+    num_weights = sum(p.numel() for p in model.parameters())
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=generator).tolist()
     size = 8192 if device.type == "cuda" else 2048
     big = torch.randn(size, size, device=device, dtype=dtype)
     long = torch.randn(2 ** 26, device=device)
     peak, copy = 2 * size ** 3 / seconds(lambda: big @ big, 10), 2 * long.nbytes / seconds(lambda: long.clone(), 5)
-    print(f"\nd{depth}, {width} wide, {len(weights) / 1e6:.1f} M parameters; a large matrix product runs at {peak / 1e9:,.0f} "
+    print(f"\nd{depth}, {width} wide, {num_weights / 1e6:.1f} M parameters; a large matrix product runs at {peak / 1e9:,.0f} "
           f"GFLOP/s, a large copy at {copy / 1e9:,.1f} GB/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
@@ -103,7 +104,7 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     kv = 2 * depth * width * element                                # bytes of a position
     read = NEW * P * PROMPT * kv + P * N * NEW * NEW / 2 * kv
     if device.type == "cuda":
-        read += NEW * len(weights) * element
+        read += NEW * num_weights * element
     bound = tokens / (tokens * matmul_flops(model) / peak + read / copy)
     plain, rate = tokens / seconds(lambda: plain_rollout(model, prompts), 1), tokens / seconds(rollout)
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
@@ -128,8 +129,8 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, policy: gpt.Policy, halves: bool) -> None:
-    """A rollout whose rows stop at scripted places: `draw` is told which."""
-    draw, count = gpt.draw, [0]
+    """A rollout whose rows stop at scripted places, which take the place of what is drawn."""
+    draw, count = gpt.Policy.draw, [0]
     tokenizer.stops = (VOCAB - 1,)
 
     def scripted(*args) -> torch.Tensor:
@@ -140,11 +141,11 @@ def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, po
             drawn[0, ::2] = VOCAB - 1
         return drawn
 
-    gpt.draw = scripted
+    gpt.Policy.draw = scripted
     try:
         gpt.generate(model, tokenizer, prompts, N, NEW, policy)
     finally:
-        gpt.draw, tokenizer.stops = draw, ()
+        gpt.Policy.draw, tokenizer.stops = draw, ()
 
 
 def against_transformers(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -156,9 +157,9 @@ def against_transformers(depth: int, width: int, device: torch.device, dtype: to
         num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=False)
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
-    names = {name: ours for ours, name in gpt.huggingface_names(depth).items()}
-    state = {names[name]: x for name, x in theirs.state_dict().items()}
-    mine, policy = gpt.build(gpt.huggingface_config(config.to_dict(), VOCAB), state), gpt.Policy(1.0, 50)
+    config, state = gpt.huggingface_config(config.to_dict(), VOCAB), theirs.state_dict()
+    state = {name: state[gpt.huggingface_name(name)] for name in gpt.empty_model(config).state_dict()}
+    mine, policy = gpt.build(config, state, {}), gpt.Policy(1.0, 50)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = prompts.repeat_interleave(N, dim=0).to(device)
     settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)

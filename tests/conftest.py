@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -124,7 +125,12 @@ def example(index: int, prompt: list[int], grader: str = "exact", references: tu
 
 
 def cpu_learner(model: gpt.GPT, **rates: float) -> gpt.Learner:
-    return gpt.Learner(model, gpt.Ranks(torch.device("cpu")), model.dtype, gpt.Rates(**rates))
+    return gpt.Learner(deepcopy(model), gpt.Ranks(torch.device("cpu")), model.dtype, chat_rl.Flags(**rates))
+
+
+def state_of(learner: gpt.Learner, *names: str) -> list[torch.Tensor]:
+    """A rank's parts of masters ("masters") and averages ("exp_avg", "exp_avg_sq")."""
+    return [x for share in learner.shares.values() for name, x in share.state.items() if name in names and x is not None]
 
 
 def weights_of(model: gpt.GPT) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import chat_rl  # noqa: E402
 import gpt  # noqa: E402
 from gpt import Config  # noqa: E402
 
@@ -35,12 +36,12 @@ class Job:
 
 
 def sizes(config: Config) -> tuple[int, int, int, int]:
-    """Elements that learn, in a Learner's vectors, elements that do not, those of the largest matrix that learns, and those
+    """Elements that learn, elements that do not, those of the largest matrix that learns, and those
     that learn with Muon, which has no squares."""
     parameters = dict(gpt.empty_model(config).named_parameters())
-    learned = {name: gpt.rounded_up(p.numel(), 64) for name, p in parameters.items() if p.requires_grad}
+    learned = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
-    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, gpt.Rates()).shape]
+    muon = [n for name, n in learned.items() if gpt.recipe_of(name, parameters[name].shape, config, chat_rl.Flags()).muon]
     return sum(learned.values()), frozen, max(n for name, n in learned.items() if name.startswith("transformer.h")), sum(muon)
 
 
@@ -143,17 +144,13 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
 
 
 def step(job: Job) -> float:
-    """Bytes of the work of the optimizers, one stretch of parameters after another, on the rank with the most to do."""
-    learner = gpt.Learner.__new__(gpt.Learner)
-    learner.model, learner.ranks = gpt.empty_model(job.config), gpt.Ranks(None, 0, job.ranks)
-    learner.lay_out(gpt.Rates())
+    """Bytes of the work of the optimizers, one parameter after another."""
     most = 0.0
-    for recipe, start, stop, _ in learner.segments:
-        size = max(min(stop, cuts[1]) - max(start, cuts[0]) for cuts in itertools.pairwise(learner.cuts))
-        if recipe.shape:
-            most = max(most, size * (2 if job.fused else 4) * (3 + 3 * min(recipe.shape) / max(recipe.shape)))
-        elif not job.fused:
-            most = max(most, 8 * size)
+    for name, p in gpt.empty_model(job.config).named_parameters():
+        if p.requires_grad and gpt.recipe_of(name, p.shape, job.config, chat_rl.Flags()).muon:
+            most = max(most, p.numel() * (2 if job.fused else 4) * (3 + 3 * min(p.shape) / max(p.shape)))
+        elif p.requires_grad and not job.fused:
+            most = max(most, 8 * p.numel())
     return most
 
 

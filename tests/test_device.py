@@ -7,7 +7,8 @@ from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, chat, cpu_learner, example, generate, policy_of, random_prompts, scripted_model, tiny_model
+from conftest import (ROOT, SHAPE, chat, cpu_learner, example, generate, gradient_of, policy_of, random_prompts, scripted_model,
+                      state_of, tiny_model, weights_of)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -16,7 +17,12 @@ import gpt
 
 GENERATIONS = list(gpt.GENERATIONS)
 GPU = "cuda:0"
-RANKS = gpt.Ranks(torch.device(GPU))        # on the device where the tests pretend that a GPU is
+POLICIES = [(1.0, 50), (0.7, 0), (1.0, 1)]          # temperature and top-k
+
+
+def learner_of(model: gpt.GPT, dtype: torch.dtype = torch.float32) -> gpt.Learner:
+    """On the device where the tests pretend that a GPU is."""
+    return gpt.Learner(model, gpt.Ranks(torch.device(GPU)), dtype, chat_rl.Flags())
 
 
 def groups_of(prompts: list[list[int]], completions: list[list[gpt.Completion]]) -> list[chat_rl.Group]:
@@ -256,15 +262,15 @@ def test_update(tokenizer, generation):
     groups, flags, reference = groups_of(prompts, completions), chat_rl.Flags(), cpu_learner(talkative(generation))
     chat_rl.backward(reference.model, groups, policy_of(model), flags)
     with FakeGPU() as device:
-        learner = gpt.Learner(model, RANKS, model.dtype)
+        learner = learner_of(model)
         chat_rl.backward(learner.model, groups, policy_of(model), flags)
-        torch.testing.assert_close(learner.gradient.cpu(), reference.gradient)
-        before = learner.weights.cpu()
+        torch.testing.assert_close(gradient_of(learner.model).cpu(), gradient_of(reference.model))
+        before = weights_of(learner.model).cpu()
         device.waits.clear()
         learner.update(7.0)
         learner.update(7.0, 0.5, 0.1)
-        assert device.waits.total() <= 2 and learner.weights.is_cuda, device.waits.most_common()
-        assert all(p.is_cuda for p in learner.model.parameters()) and not torch.equal(learner.weights.cpu(), before)
+        assert device.waits.total() <= 2, device.waits.most_common()
+        assert all(p.is_cuda for p in learner.model.parameters()) and not torch.equal(weights_of(learner.model).cpu(), before)
 
 
 def test_bfloat16_weights_with_float32_masters(tokenizer):
@@ -272,24 +278,25 @@ def test_bfloat16_weights_with_float32_masters(tokenizer):
     model = tiny_model()
     size = sum(p.numel() for p in model.parameters())
     with FakeGPU() as device:
-        learner = gpt.Learner(model, RANKS, torch.bfloat16)
-        assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16} and learner.weights.dtype == torch.bfloat16
+        learner = learner_of(model, torch.bfloat16)
+        assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16}
         assert device.made[torch.float32] < 4 * 5.5 * size and device.made[torch.bfloat16] < 2 * 1.5 * size, device.made
         device.made.clear()
         completions = generate(learner.model, tokenizer, random_prompts(), 3, 4)
         assert device.made[torch.float32] < 4 * size
         chat_rl.backward(learner.model, groups_of(random_prompts(), completions), policy_of(model), chat_rl.Flags())
-        assert learner.gradient.norm() > 0 and learner.update(1.0) > 0
+        assert gradient_of(learner.model).norm() > 0 and learner.update(1.0) > 0
 
 
 def test_adapters_are_merged_on_the_host():
     """What is saved of a base on the device and of masters on the host."""
     config = replace(gpt.nanochat_config("current", **SHAPE), lora_rank=2)
-    model = gpt.build(config, {name: x.data for name, x in tiny_model().named_parameters()})
+    model = gpt.build(config, {name: x.data for name, x in tiny_model().named_parameters()}, {})
     with FakeGPU():
-        learner = gpt.Learner(model, RANKS, torch.float32)
-        learner.state["masters"].fill_(0.1)
-        state = {**learner.model.state_dict(), **learner.named(learner.save_state()["masters"])}
+        learner = learner_of(model)
+        for x in state_of(learner, "masters"):
+            x.fill_(0.1)
+        state = {**learner.model.state_dict(), **learner.save_state()["masters"]}
         merged = gpt.merge(learner.model, state)
     name = "transformer.h.0.attn.c_q.weight"
     torch.testing.assert_close(merged[name], state[name].cpu() + 16 * 2 * 0.01)

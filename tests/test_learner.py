@@ -2,12 +2,20 @@
 import multiprocessing
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import cpu_learner, distance, free_port, tiny_model, weights_of
+from conftest import cpu_learner, distance, free_port, state_of, tiny_model, weights_of
 
 import gpt
+
+
+class Rates(NamedTuple):
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    weight_decay: float = 0.0
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128), (2, 12), (1, 24)])
@@ -49,24 +57,24 @@ def test_recipes_are_nanochats(generation):
              ("value_embeds.", 0.1 * s, (0.8, 0.995), 0.0), ("resid_lambdas", 0.005, (0.8, 0.95), 0.0),
              ("x0_lambdas", 0.5, (0.96, 0.95), 0.0), ("smear_", 0.2, (0.8, 0.95), 0.0), ("backout_", 0.2, (0.8, 0.95), 0.0)]
     for name, p in model.named_parameters():
-        recipe = gpt.recipe_of(name, p.shape, model.config, gpt.Rates(weight_decay=0.1))
+        recipe = gpt.recipe_of(name, p.shape, model.config, Rates(weight_decay=0.1))
         if name.startswith("transformer.h."):
-            assert (recipe.lr, recipe.shape, recipe.weight_decay) == (0.02, p.shape, 0)
+            assert (recipe.lr, recipe.muon, recipe.weight_decay) == (0.02, True, 0)
             continue
         row, = [row for row in table if name.startswith(row[0])]
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.eps) == (pytest.approx(row[1]), *row[2:], 1e-10)
-        assert not recipe.shape
+        assert not recipe.muon
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_recipes_of_other_models(rank):
     """AdamW throughout, matrices and adapters at the matrices' rate, norms and biases at the embedding's."""
     config = gpt.Config(65, 65, 2, 2, 1, 32, 16, 64, 99, qkv_bias=True, lora_rank=rank)
-    model, rates = gpt.GPT(config), gpt.Rates(1.0, 2.0, 3.0, 0.5)
+    model, rates = gpt.GPT(config), Rates(1.0, 2.0, 3.0, 0.5)
     for name, p in model.named_parameters():
         recipe = gpt.recipe_of(name, p.shape, config, rates)
         wanted = 2.0 if "lm_head" in name else 3.0 if p.ndim == 2 and "wte" not in name else 1.0
-        assert (recipe.lr, recipe.betas, recipe.eps, recipe.shape) == (wanted, (0.9, 0.95), 1e-8, torch.Size())
+        assert (recipe.lr, recipe.betas, recipe.eps, recipe.muon) == (wanted, (0.9, 0.95), 1e-8, False)
         assert recipe.weight_decay == (0.5 if "lm_head" in name or "wte" in name else 0)
         assert p.requires_grad == ("lora_" in name or not rank)
 
@@ -90,15 +98,16 @@ def models(kind: str) -> gpt.GPT:
 def learn(kind: str, dtype: torch.dtype, ranks: gpt.Ranks, folder: Path, begin: int, end: int) -> None:
     """Three updates of each rank's gradient, from what is saved if there is any; rank 0 saves the end."""
     model = models(kind) if ranks.rank == 0 else None
-    learner, path = gpt.Learner(model, ranks, dtype, gpt.Rates(0.1, 0.1, 0.1, 0.1)), folder / "state.pt"
+    learner, path = gpt.Learner(model, ranks, dtype, Rates(0.1, 0.1, 0.1, 0.1)), folder / "state.pt"
     if begin:
         learner.load_state(torch.load(path) if ranks.rank == 0 else {})
     for i in range(begin, end):
         gradients(learner, i)
-        learner.gradient /= ranks.size
+        for share in learner.shares.values():
+            share.p.grad /= ranks.size
         learner.update(2.0, 0.5, 3.0)
     state = learner.save_state()
-    sizes = ranks.all_gather({name: x.numel() * x.element_size() for name, x in learner.state.items()})
+    sizes = ranks.all_gather(sum(x.nbytes for x in state_of(learner, "masters", "exp_avg", "exp_avg_sq")))
     if ranks.rank == 0:
         torch.save(state, path)
         torch.save({"weights": {name: x.clone() for name, x in learner.model.state_dict().items()}, "sizes": sizes},
@@ -146,18 +155,20 @@ def test_any_number_of_ranks_is_one(tmp_path, kind, dtype):
             torch.testing.assert_close(other["weights"][name], x, **close)
         assert torch.equal(x, start[name].to(dtype)) == ("lora_" not in name and kind == "adapters")
     for found in (two, four):
-        shares = [sum(sizes.values()) for sizes in found["sizes"]]
-        assert sum(shares) == sum(one["sizes"][0].values()) and max(shares) < 1.5 * sum(shares) / len(shares)
+        shares = found["sizes"]
+        assert sum(shares) == one["sizes"][0] and max(shares) < 1.5 * sum(shares) / len(shares)
 
 
 def test_masters_remember_what_bfloat16_forgets():
     """Steps too small for bfloat16 add up."""
     model = models("huggingface")
-    learner = gpt.Learner(model, gpt.Ranks(torch.device("cpu")), torch.bfloat16, gpt.Rates(1e-5, 1e-5, 1e-5))
+    start = weights_of(model)
+    learner = gpt.Learner(model, gpt.Ranks(torch.device("cpu")), torch.bfloat16, Rates(1e-5, 1e-5, 1e-5))
     for _ in range(200):
-        learner.gradient.fill_(1.0)
+        for p in learner.model.parameters():
+            p.grad.fill_(1.0)
         learner.update(1.0)
-    assert distance(weights_of(learner.model), weights_of(model) - 200e-5) < 2e-3
+    assert distance(weights_of(learner.model), start - 200e-5) < 2e-3
     assert {p.grad.dtype for p in learner.model.parameters()} == {torch.float32}
 
 

@@ -77,7 +77,7 @@ def questions(step: int) -> list[int]:
 
 
 def uniform(seed: tuple, question: int, sample: int, position: int) -> float:
-    return float(gpt.uniforms(*seed, question, sample, size=LENGTH)[position])
+    return gpt.uniforms(*seed, question, sample, position).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

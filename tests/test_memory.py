@@ -9,7 +9,7 @@ from typing import Callable
 import numpy
 import pytest
 import torch
-from conftest import completion, cpu_learner, example, free_port
+from conftest import completion, cpu_learner, example, free_port, state_of
 from memory import Job, held, sampling, stages, training
 
 import chat_rl
@@ -60,12 +60,13 @@ def measure(job: Job, number: int, port: int, file: Path) -> None:
     """On a rank: bytes of what it holds, by part, and the peaks of what it does."""
     os.environ.update(RANK=str(number), WORLD_SIZE=str(job.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks, model = gpt.start_ranks("cpu"), model_of(job)
-    learner = gpt.Learner(None if number else model, ranks, model.dtype)
+    learner = gpt.Learner(None if number else model, ranks, model.dtype, chat_rl.Flags())
+    kinds = ["masters", "exp_avg", "exp_avg_sq"][job.itemsize == 4 :]
     parts = {
-        "weights": learner.weights.nbytes,
+        "weights": sum(p.nbytes for p in learner.model.parameters() if p.requires_grad),
         "base of adapters": sum(p.nbytes for p in learner.model.parameters() if not p.requires_grad),
-        "gradient": learner.gradient.nbytes,
-        "masters and averages": sum(x.nbytes for x in list(learner.state.values())[job.itemsize == 4 :]),
+        "gradient": sum(p.grad.nbytes for p in learner.model.parameters() if p.requires_grad),
+        "masters and averages": sum(x.nbytes for x in state_of(learner, *kinds)),
     }
     peaks = {
         "sampling": sampled(job, learner.model, job.examples, job.samples, job.top_k),

