@@ -94,6 +94,7 @@ def test_a_second_run_keeps_the_first(base, capfd):
     no run. The first evaluation is the same every time, but for another seed."""
     place = base / "chatrl_checkpoints"
     assert main(base, *SMALL, "--max-steps=1") == 0 and "previous" not in capfd.readouterr().out
+    (out(base) / "notes").write_text("someone's own")
     kept, first = contents(out(base)), metrics(base)
     for flags in ([], ["--seed=1"]):
         assert main(base, *SMALL, "--max-steps=0", *flags) == 0
@@ -105,6 +106,7 @@ def test_a_second_run_keeps_the_first(base, capfd):
     earlier, = (place / "previous").iterdir()
     assert contents(earlier) == kept and earlier.name.startswith("adder-") and str(earlier) in capfd.readouterr().out
     assert untimed(metrics(base)[0]) == untimed(first[0]) and metrics(base)[1:] != first[1:]
+    assert not (out(base) / "notes").exists()
 
 
 def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):

@@ -4,8 +4,7 @@ import math
 import numpy
 import pytest
 import torch
-from conftest import (PROMPT_LENGTHS, SHAPE, completion, generate, logits_of, policy_of, random_prompts, scripted_model,
-                      tiny_model)
+from conftest import PROMPT_LENGTHS, SHAPE, completion, generate, random_prompts, scripted_model, tiny_model
 
 import gpt
 
@@ -117,15 +116,6 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     mine = policy.logprobs(raw, tokens)
     torch.testing.assert_close(mine, scores.log_softmax(dim=-1)[torch.arange(50), tokens], rtol=0, atol=1e-5)
     torch.testing.assert_close(mine, logprobs, rtol=0, atol=1e-5)
-
-
-def test_policy_logprobs_without_truncation_are_the_plain_softmax():
-    """At top_k 0 and temperature 1 the policy is the softmax of the model's logits."""
-    model, ids = tiny_model(), torch.tensor(random_prompts((30,)))
-    hidden = model(ids)[:, :-1]
-    mine = policy_of(model, 1.0, 0).logprobs(model.unembed(hidden), ids[:, 1:])
-    plain = logits_of(model, hidden).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(mine, plain, rtol=0, atol=1e-6)
 
 
 def test_token_outside_the_top_k_counts_as_inside():
