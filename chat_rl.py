@@ -129,9 +129,9 @@ MODELS = {
     "nanochat": {},
     "huggingface": dict(
         task="gsm8k-boxed",
-        embedding_lr=1e-6,
-        unembedding_lr=1e-6,
-        matrix_lr=1e-6,
+        embedding_lr=5e-6,
+        unembedding_lr=5e-6,
+        matrix_lr=5e-6,
         init_lr_frac=1.0,
         lr_schedule="constant",
         grad_clip=1.0,
