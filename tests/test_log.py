@@ -28,18 +28,19 @@ BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYTHON_START, PYTHON_
 CONFIG = {"sequence_len": 64, "vocab_size": 265, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "window_pattern": "L"}
 TRAIN = [{"question": f"q{i}?", "answer": ["x", "34"[i % 2]]} for i in range(14)]
 TEST = [{"question": f"t{i}?", "answer": ["x", "343"[i % 3]]} for i in range(7)]
-EXAMPLES, SAMPLES, LENGTH, EVALUATED, K, SEED = 7, 3, 12, 5, 3, 34
+EXAMPLES, SAMPLES, LENGTH, EVALUATED, K, SEED = 7, 3, 12, 5, 3, 36
 TEMPERATURE, WARMER, TOP_K, DECAY, FRACTION = 0.8, 1.2, 4, 0.3, 0.02
 RATES = {"embedding": 0.3, "unembedding": 0.006, "matrix": 0.03}
-FLAGS = ["--model-tag=adder", "--task=script", "--run=recorded", "--max-steps=2", "--eval-every=1", "--save-every=1",
+FLAGS = ["--model-tag=adder", "--task=script", "--prefill==", "--run=recorded", "--max-steps=2", "--eval-every=1",
+         "--save-every=1", "--device-batch-size=3", "--rollout-batch-size=9",
          f"--examples-per-step={EXAMPLES}", f"--num-samples={SAMPLES}", f"--max-new-tokens={LENGTH}",
          f"--eval-examples={EVALUATED}", f"--eval-samples={K}", f"--seed={SEED}", f"--temperature={TEMPERATURE}",
-         f"--eval-temperature={WARMER}", f"--top-k={TOP_K}", f"--weight-decay={DECAY}", f"--init-lr-frac={FRACTION}", "--device-batch-size=3",
-         "--rollout-batch-size=9", *(f"--{name}-lr={rate}" for name, rate in RATES.items())]
+         f"--eval-temperature={WARMER}", f"--top-k={TOP_K}", f"--weight-decay={DECAY}", f"--init-lr-frac={FRACTION}",
+         *(f"--{name}-lr={rate}" for name, rate in RATES.items())]
 SHIFT = 0.25                                # added to the logprobs that the sampler tells, so that there is a gap to measure
 
 # What the model likes to say: it calls the calculator, ends its turn in either way, or goes on past the limit.
-SCRIPT = {ASSISTANT_START: {PYTHON_START: 8, "#": 5, "3": 3, BOS: 3}, PYTHON_START: {"1": 7}, "1": {"+": 7, PYTHON_END: 3},
+SCRIPT = {"=": {PYTHON_START: 8, "#": 5, "3": 3, BOS: 3}, PYTHON_START: {"1": 7}, "1": {"+": 7, PYTHON_END: 3},
           "+": {"2": 7}, "2": {PYTHON_END: 7, "3": 3}, PYTHON_END: {OUTPUT_START: 5, "#": 4}, OUTPUT_START: {"3": 4},
           OUTPUT_END: {"#": 6, "3": 5, "4": 5}, "#": {"3": 6, "#": 3, "4": 6, BOS: 3},
           "3": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}, "4": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}}
@@ -102,8 +103,8 @@ def scripted_state() -> dict[str, Tensor]:
 
 
 def grader(reference: str, text: str) -> float:
-    """1 for the right last character, a half for another digit."""
-    return 1.0 if text.endswith(reference) else 0.5 * text[-1:].isdigit()
+    """1 for the right last character, a half for another digit; nothing without the beginning that was given."""
+    return text.startswith("=") * (1.0 if text.endswith(reference) else 0.5 * text[-1:].isdigit())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def whole(wandb, tmp_path_factory) -> SimpleNamespace:
     base = tmp_path_factory.mktemp("metrics") / "base"
     write_checkpoint(base / "chatsft_checkpoints" / "adder", scripted_state(), CONFIG)
     assert main(base, *FLAGS) == 0
-    files, lines = [base / "chatsft_checkpoints" / "adder" / "model_000007.pt", *sorted(out(base).glob("model_*.pt"))], metrics(base)
+    files, lines = [*base.glob("chatsft_checkpoints/adder/model_*.pt"), *sorted(out(base).glob("model_*.pt"))], metrics(base)
     return SimpleNamespace(base=base, states=[torch.load(file, weights_only=True) for file in files], metrics=lines,
                            steps=[line for line in lines if "reward" in line], logged=logged(wandb), calls=wandb.mock_calls[:],
                            evaluations=[line for line in lines if "greedy" in line], begun=wandb.init.call_args.kwargs)
@@ -145,7 +146,7 @@ def base(whole, tmp_path) -> Path:
 
 
 def prompt_of(row: dict) -> list[int]:
-    return [BOS, USER_START, *row["question"].encode(), USER_END, ASSISTANT_START]
+    return [BOS, USER_START, *row["question"].encode(), USER_END, ASSISTANT_START, *b"="]
 
 
 def text_of(tokens: list[int]) -> str:
@@ -184,7 +185,7 @@ def sampled(state: dict, row: dict, numbers: Callable[[int], float], temperature
 
 def group_of(state: dict, rows: list[dict], i: int, n: int, seed: tuple, temperature: float, top_k: int) -> SimpleNamespace:
     completions = [sampled(state, rows[i], lambda t: uniform(seed, i, j, t), temperature, top_k) for j in range(n)]
-    texts = [text_of(c.tokens.tolist()) for c in completions]
+    texts = ["=" + text_of(c.tokens.tolist()) for c in completions]
     scores = [max(grader(reference, text) for reference in rows[i]["answer"]) for text in texts]
     return SimpleNamespace(row=rows[i], completions=completions, texts=texts, scores=scores,
                            advantages=[score - sum(scores) / n for score in scores])
@@ -331,7 +332,8 @@ def test_bfloat16_learns_in_float32(base):
 def test_weights_and_biases_is_told_all(whole):
     """The run with its flags, each line of metrics.jsonl as it stands there, the end."""
     assert (whole.begun["name"], whole.begun["resume"], whole.begun["dir"]) == ("recorded", "allow", str(out(whole.base)))
-    assert len(whole.begun["id"]) >= 8 and whole.begun["config"]["temperature"] == TEMPERATURE and whole.begun["config"]["seed"] == SEED
+    assert len(whole.begun["id"]) >= 8
+    assert (whole.begun["config"]["temperature"], whole.begun["config"]["seed"]) == (TEMPERATURE, SEED)
     assert whole.logged == whole.metrics and whole.calls[-1] == call.init().finish()
 
 
