@@ -88,9 +88,10 @@ def learned(groups: list[Group]) -> list[Group]:
 
 def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1.0, top_k: int = 50) -> list[Group]:
     """Groups with prompts of different lengths, one of them without anything to learn, one with a row of advantage 0;
-    completions with forced tokens, with and without a stop token, and of a single token."""
+    completions with forced tokens, with and without a stop token, and of a single token; no rounding moves the border of a
+    top k in them, which would change a gradient."""
     prompts = [tokenizer.render(chat(question)) for question in QUESTIONS[:5]]
-    completions = generate(model, tokenizer, prompts, 5, 12, temperature, top_k)
+    completions = generate(model, tokenizer, prompts, 5, 12, temperature, top_k, seed=(3,))
     one, two, three, four, _ = completions[0]
     one.tokens[3:6], one.mask[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], False, 0
     two.tokens[-2:], two.mask[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], False, 0
@@ -208,7 +209,7 @@ def world(tokenizer, monkeypatch):
 
     def make(**flags) -> tuple[Run, gpt.Learner]:
         given = dict(examples_per_step=8, num_samples=4, max_new_tokens=10, device_batch_size=3, temperature=0.9, top_k=20,
-                     init_lr_frac=0.1)
+                     init_lr_frac=0.1, seed=3)
         examples = [example(i, tokenizer.render(chat(text)), "sometimes") for i, text in enumerate(QUESTIONS)]
         run = Run(Flags(**{**given, **flags}), examples, {}, tokenizer, Path(), 10, "", None, "", 0)
         return run, cpu_learner(tiny_model())
