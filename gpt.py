@@ -848,10 +848,14 @@ class Tokenizer:
         write_file(folder / "tokenizer.pkl", pickle.dumps(self.encoding))
 
 
-FILES = (                                   # of Hugging Face's folders, besides weights: first two with end tokens
-    "generation_config.json config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "chat_template.jinja"
-).split()
+FILES = [                                   # of Hugging Face's folders, besides weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
 
 
 class ChatTokenizer:
@@ -872,13 +876,14 @@ class ChatTokenizer:
         mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
         with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
             self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            ends = [json.loads(self.files.get(name, "{}")).get("eos_token_id") for name in FILES[:2]]
+            configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
+            ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]
         self.chat.chat_template = template or self.chat.chat_template
         self.tokenizer = self.chat.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
-        end = next((end for end in [*ends, self.chat.eos_token_id] if end is not None), [])
+        end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
@@ -1232,7 +1237,7 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
     with blaming(f"{about} is no nanochat meta file", COPY_AGAIN):
         raw = json.loads(about.read_text())["model_config"]
         known = raw["vocab_size"]
-    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in read_state(path).items()}
+    state = {key.removeprefix("_orig_mod."): tensor.contiguous() for key, tensor in read_state(path).items()}
     rows = len(state["transformer.wte.weight"])
     if not tokenizer.vocab_size == known <= rows:
         raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
@@ -1463,29 +1468,26 @@ class Learner:
     def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
         """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
         self.ranks = ranks
+        self.shares = {}
         config = ranks.share(model and model.config)
-        theirs = dict(model.named_parameters()) if model else {}
-        self.model = model or empty_model(config)
-        weights = {}
-        for name, p in self.model.named_parameters():
-            weights[name] = torch.empty(p.shape, dtype=dtype, device=ranks.device)
+        theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
+        self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
+        loads = [0] * ranks.size
+        for name, p in sorted(self.model.named_parameters(), key=lambda item: -item[1].numel()):  # the largest first
             if not p.requires_grad:         # the base of adapters
-                if model:
-                    weights[name].copy_(p)
-                ranks.broadcast(weights[name])
-        self.model.load_state_dict(weights, assign=True)
-        learned = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.shares, loads = {}, [0] * ranks.size
-        for name, p in sorted(learned, key=lambda item: -item[1].numel()):  # each to the rank with the least to hold
+                p.copy_(theirs.get(name, p))
+                ranks.broadcast(p)
+                continue
             p.grad_dtype = torch.float32
             p.grad = torch.zeros_like(p, dtype=torch.float32)
             recipe = recipe_of(name, p.shape, config, rates)
             averages = ["exp_avg"] if recipe.muon else ["exp_avg", "exp_avg_sq"]
-            owner = loads.index(min(loads))
+            owner = loads.index(min(loads))  # the rank with the least to hold
             loads[owner] += p.numel() * (1 + len(averages))
             mine = owner == ranks.rank
-            state = {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
-            self.shares[name] = Share(p, recipe, owner, {"masters": p.detach().float() if mine else None, **state})
+            state = {"masters": p.detach().float() if mine else None}
+            state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
+            self.shares[name] = Share(p, recipe, owner, state)
         self.load_state({"updates": 0, "masters": theirs})
 
     @torch.no_grad()
