@@ -10,7 +10,6 @@ heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary,
 """
 
 import ast
-import itertools
 import json
 import math
 import operator
@@ -222,7 +221,7 @@ class Prefix(NamedTuple):
 
 
 def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T), (B or 1, Lp + S):
+    """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T) and (B or 1, Lp + S):
     (B or 1, 1, T, Lp + S), whose rows begin at multiples of 8, as CUDA's kernels want them."""
     width = keys.size(1)
     keys = F.pad(keys, (0, -width % 8))
@@ -658,7 +657,7 @@ class GPT(nn.Module):
         """Random matrices to train from, as large as nanochat makes them."""
         generator = torch.Generator().manual_seed(seed)
         usual = self.config.n_embd**-0.5
-        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this in them
+        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 std = next(std for part, std in stds.items() if part in name)
@@ -1025,13 +1024,13 @@ class Transcript:
         drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
         self.said[:, rows, t] = drawn
         tokens = drawn[0].astype(int)
-        open_rows = self.lengths[rows] > t      # some have ended before, and are not yet out of the batch
-        for row in rows[open_rows & (tokens == self.tokenizer.call_end)]:
+        for row in rows[tokens == self.tokenizer.call_end]:
             said = self.said[0, row, : t + 1].astype(int)
             result = self.tokenizer.answer_call(said.tolist())
             rest = self.forced[row, t + 1 :]
             rest[: len(result)] = result[: len(rest)]
-        self.lengths[rows[open_rows & numpy.isin(tokens, self.tokenizer.stops)]] = t + 1
+        stopped = rows[numpy.isin(tokens, self.tokenizer.stops)]  # some did before, but are still in the batch
+        self.lengths[stopped] = numpy.minimum(self.lengths[stopped], t + 1)
         return tokens, self.lengths[rows] > t + 1
 
     def groups(self, num_samples: int) -> list[list[Completion]]:
