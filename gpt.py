@@ -943,8 +943,8 @@ class Policy:
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> (3, B):
-        tokens, as float32, which holds any id, their logprobs, and the entropies of what they are drawn from, in nats."""
+        """Samples by inverting the distribution function: logits (B, V), numbers between 0 and 1 (B,) -> (3, B) tokens
+        (float32 holds any id), their logprobs, and the entropies, in nats, of the distributions they are drawn from."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
