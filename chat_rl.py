@@ -18,11 +18,14 @@ for a baseline, or what is left of GRPO (Shao et al. 2024) when
 The policy is the distribution that is sampled from, after temperature and top-k, in the loss as in the sampler. Tokens
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
 tokenizers, checkpoints, optimizers) is gpt.py.
+
+Where to change what: a task in TASKS, the reward in reward_of, the baseline in advantages_of, the loss in loss_of, the
+schedule in lr_fraction, the distribution that is sampled from in gpt.Policy, what is logged in summarize, learn, step
+and evaluate, what is drawn in PANELS, a family of models in gpt.FAMILIES, how its weights learn in gpt.recipe_of.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import io
 import itertools
@@ -35,11 +38,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import unicodedata
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date, timedelta
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
@@ -73,7 +77,7 @@ class Flags:
     chat_template: str = ""                 # file with a chat template to use instead of the model's (Hugging Face)
     chat_template_kwargs: str = "{}"        # variables of the chat template, as a JSON object (Hugging Face)
     lora_rank: int = 0                      # train adapters of this rank on the blocks' matrices (0: all weights)
-    task: str = "gsm8k"                     # a row of TASKS, which sets some of the ten flags below
+    task: Literal[*TASKS] = "gsm8k"         # sets some of the ten flags below
     data: str = ""                          # training questions: a hub name, a JSONL file, or a folder of such
     eval_data: str = ""                     # test questions from elsewhere: a place, or name=place,name=place
     prompt_key: str = "question"            # column with the question: text or a list of messages
@@ -83,7 +87,7 @@ class Flags:
     prefill: str = ""                       # beginning of each reply
     few_shot: str = ""                      # JSON file: a list of messages to put before each question
     raw_prompt: bool = False                # questions hold the model's own markers: no chat template around them
-    grader: str = "number"                  # a row of GRADERS
+    grader: Literal[*GRADERS] = "number"    # what compares a reply with the reference
     num_epochs: int = 1                     # passes over the training questions
     max_steps: int | None = None            # length of the run (default: that of the epochs; 0: evaluate and exit)
     examples_per_step: int = 16             # questions per step, over all ranks
@@ -125,9 +129,9 @@ MODELS = {
     "nanochat": {},
     "huggingface": dict(
         task="gsm8k-boxed",
-        embedding_lr=1e-6,
-        unembedding_lr=1e-6,
-        matrix_lr=1e-6,
+        embedding_lr=5e-6,
+        unembedding_lr=5e-6,
+        matrix_lr=5e-6,
         init_lr_frac=1.0,
         lr_schedule="constant",
         grad_clip=1.0,
@@ -156,11 +160,12 @@ THINK = (
     "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, "
     "between <answer> and </answer>. Only what stands between the answer tags is scored."
 )
+MATH = "nlile/hendrycks-MATH-benchmark"     # Hendrycks et al. 2021: 12,000 problems to learn from, MATH-500 to test
 TASKS = {
     "arithmetic": dict(data="sums", grader="exact"),
     "gsm8k": dict(data="openai/gsm8k:main", grader="number"),  # grade-school maths in words (Cobbe et al. 2021)
     "gsm8k-boxed": dict(data="openai/gsm8k:main", grader="boxed-number", suffix=BOX_NUMBER),
-    "math": dict(data="math", grader="boxed-math", prompt_key="problem", answer_key="solution", suffix=BOX_MATH),
+    "math": dict(data=MATH, grader="boxed-math", prompt_key="problem", answer_key="solution", suffix=BOX_MATH),
     "aime": dict(eval_data="HuggingFaceH4/aime_2024", grader="boxed-math", prompt_key="problem", suffix=BOX_MATH),
     "think": dict(data="openai/gsm8k:main", grader="tagged-number", system=THINK),
     "jsonl": dict(grader="boxed-math", prompt_key="prompt"),
@@ -168,43 +173,30 @@ TASKS = {
 
 
 def parse_flags(argv: list[str], defaults: dict) -> Flags:
-    """The command line over these defaults. Raises UserError where it cannot be read."""
+    """The command line over these defaults. Raises UserError where it cannot be read, and on what would fail late."""
     try:
         with redirect_stderr(io.StringIO()) as told:
-            return tyro.cli(Flags, description=__doc__, args=argv, default=Flags(**defaults))
+            flags = tyro.cli(Flags, description=__doc__, args=argv, default=Flags(**defaults))
     except SystemExit as end:
         if not end.code:                    # --help
             raise
-        _, box = told.getvalue().split("\n", 1)
-        lines = re.split(r"\n\W+\n", box)[0].splitlines()
-        raise UserError(" ".join(line.strip("│| ") for line in lines) + "; --help lists the flags") from None
-
-
-def check_flags(flags: Flags) -> None:
-    """Raises UserError on values that would fail late."""
+        _, _, box = told.getvalue().partition("\n")
+        raise UserError(re.sub(r"[^!-~]+", " ", box).strip()) from None
     for name, value in asdict(flags).items():
         low = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not low <= value:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}")
-    for name, value, known in (("task", flags.task, TASKS), ("grader", flags.grader, GRADERS)):
-        if value not in known:
-            raise UserError(f"--{name} {value} is unknown: choose {', '.join(known)}")
     if len(flags.clip) > 2 or not all(0 < x for x in flags.clip) or min(flags.clip, default=0) >= 1:
         raise UserError("--clip takes one number below 1, such as 0.2, or two, such as 0.2 0.28")
-
-
-def settle_flags(argv: list[str], kind: str, saved: dict) -> Flags:
-    """Those given, else those of the run that goes on, else the task's, else those of the kind of model. Raises
-    UserError."""
-    first = parse_flags(argv, MODELS[kind] | saved)
-    task = TASKS.get(first.task, {})
-    if first.task != saved.get("task", first.task):  # what the run has of its own task goes with it
-        others = TASKS.get(saved["task"], {}) | task
-        saved = {key: value for key, value in saved.items() if key not in others}
-    adapters = MODELS["lora"] if first.lora_rank else {}
-    flags = parse_flags(argv, MODELS[kind] | adapters | task | saved)
-    check_flags(flags)
     return flags
+
+
+def settle_flags(argv: list[str], kind: str) -> Flags:
+    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
+    with, and after that what is new. Raises UserError."""
+    given = parse_flags(argv, MODELS[kind])
+    adapters = MODELS["lora"] if given.lora_rank else {}
+    return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,6 +272,7 @@ class Run:
     tokenizer: Any
     out: Path
     num_steps: int
+    argv: list[str]                         # the command lines that it was begun and gone on with
     source: str                             # where the model came from: a folder or a hub name
     source_step: int | None
     wandb_id: str
@@ -318,11 +311,6 @@ def deal(items: list, costs: list[int], ranks: Ranks) -> list:
     return mine
 
 
-def by_index(groups: list[list[Group]]) -> list[Group]:
-    """The ranks' groups in the order of their questions."""
-    return sorted(itertools.chain(*groups), key=lambda group: group.example.index)
-
-
 def text_of(completion: Completion, tokenizer: Any) -> str:
     """What the model said, without the token that ended its turn."""
     tokens = completion.tokens.tolist()
@@ -350,8 +338,9 @@ def rollout(
     seed: tuple[int, ...],
     title: str,
 ) -> list[Group]:
-    """Samples and grades this rank's share of the examples, about `rollout_batch_size` rows at once. Raises
-    Interrupted on all ranks where a signal cuts one short."""
+    """Samples from the policy and grades, each rank its share of the examples, about `rollout_batch_size` rows at once.
+    Returns on rank 0 alone the groups of all, in the order of their questions. Raises Interrupted on all ranks where a
+    signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
@@ -371,7 +360,7 @@ def rollout(
             groups += map(Group, part, completions)
         for group in groups:
             grade(run, group)
-    return groups
+    return sorted(itertools.chain(*ranks.gather(groups)), key=lambda group: group.example.index)
 
 
 def num_sampled(completions: list[Completion]) -> int:
@@ -471,15 +460,14 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     questions = questions_of_step(run, run.step)
     policy = policy_of(learner.model, flags.temperature, flags.top_k)
     seed = flags.seed, TRAINING, run.step
-    mine = rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}")
-    sampled = time.monotonic()
-    rollout_seconds = max(ranks.all_gather(sampled - start))  # of the rank that began first
-    groups = by_index(ranks.all_gather(mine))
+    groups = ranks.share(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
+    rolled_out = time.monotonic()
+    rollout_seconds = max(ranks.all_gather(rolled_out - start))  # of the rank that began first
     metrics = summarize(groups, run.tokenizer.stops) | learn(run, learner, groups, policy)
     return metrics | {
         "lr_fraction": lr_fraction(run),
         "rollout_seconds": rollout_seconds,
-        "update_seconds": time.monotonic() - sampled,
+        "update_seconds": time.monotonic() - rolled_out,
         "tokens_per_second": metrics["completion_length"] * len(questions) * flags.num_samples / rollout_seconds,
     }, groups
 
@@ -500,24 +488,23 @@ def solved(groups: list[Group], k: int) -> tuple[float, float]:
 def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
     """pass@k for k = 1 … eval_samples and the greedy accuracy on the first eval_examples questions of each test, with
     the same random numbers every time. Returns, on rank 0 alone, metrics and each test's groups."""
-    flags, ranks, model = run.flags, learner.ranks, learner.model
+    flags, model, start = run.flags, learner.model, time.monotonic()
     policy = policy_of(model, flags.eval_temperature, flags.top_k)
     likeliest = policy_of(model, 1.0, 1)
     seed = flags.seed, EVALUATION
     metrics, answered = {}, {}
     for name, examples in run.tests.items():
         examples = examples[: flags.eval_examples or None]
-        sampled = rollout(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
-        groups = by_index(ranks.gather(sampled))
-        greedy = by_index(ranks.gather(rollout(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")))
-        if ranks.rank == 0:
+        groups = rollout(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
+        greedy = rollout(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
+        if groups:
             answered[name] = groups
             label = f"{name}/" if name else ""
             metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups + greedy)
             for k in range(1, flags.eval_samples + 1):
                 metrics[f"{label}pass@{k}"], metrics[f"{label}pass@{k}_error"] = solved(groups, k)
             metrics[f"{label}greedy"], metrics[f"{label}greedy_error"] = solved(greedy, 1)
-    return metrics, answered
+    return metrics | {"evaluation_seconds": time.monotonic() - start}, answered
 
 
 def train(run: Run, learner: Learner) -> int:
@@ -540,8 +527,7 @@ def train(run: Run, learner: Learner) -> int:
                 log.write_step(run, metrics, groups)
             failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
             if failures == 5:
-                raise UserError("the gradient was not finite five times in a row: lower the rates, and go on from the "
-                                "last checkpoint with --resume")
+                raise ArithmeticError("the gradient was not finite five times in a row: lower the rates")
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
@@ -685,10 +671,13 @@ MEASURED = re.compile(
           ) (?:\s*\^\s*\{?-?\d\}?)?
     )?)"""
 )
-# What is compared as words: text, cases, dots, primes, a:b:c, dates, two times, a set and a pair, and mere letters.
+# What is compared as words: text, derivatives, cases, dots, primes, a:b:c, dates, two times, two letters, a set and a
+# pair, and mere letters.
 PROSE = re.compile(
-    r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | ' | :.*: | \d/\d+/\d
-    | ^\d+:\d\d\n\d+:\d\d$ | ^(?:no|[IVX]{2,})$ | ^\([^()]*\)\n\\\{[^()<>]*$ | ^\\\{[^()<>]*\n\([^()]*\)$
+    r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\frac\{d | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | '
+    | :.*: | \d/\d+/\d
+    | ^\d+:\d\d\n\d+:\d\d$ | ^[a-zA-Z]\n[a-zA-Z]$ | ^(?:no|[IVX]{2,})$
+    | ^\([^()]*\)\n\\\{[^()<>]*$ | ^\\\{[^()<>]*\n\([^()]*\)$
     | ^(?=.*(?<![a-zA-Z\d\\])[a-zA-Z]{3})(?:\\angle|\\triangle|[\w\s.,;:'()&-])+$
     """
 )
@@ -698,6 +687,7 @@ HEAVY = re.compile(
     | \\(?:sum|prod|i+nt|oint|lim) | (?:\^|\\exp).*\\exp
     | !\s*! | [)}\]]\s*! | (?:\^|\d{4}).*(?:(?<!\\)!|binom|choose) | (?:(?<!\\)!|binom|choose).*(?:\^|\d{4})
     | ^(?:$|[<>/]|\\[lg]e\b) | (?:[-+/:<>]|\\(?:cup|cap|cdot|times|pm|[lg]e)\s?)$    # nothing, half of something
+    | \d\s*_\s*\{[^}]*[^\w{}\s]                   # a number with a subscript that is no base
     | \^\s*$ | \^\s*[^{}\s]\s*\^ | \^\s*\{(?:[^{}]|\{[^{}]*\})*(?:\^|\{[^{}]*\{|\Z) | \^\s*\{(?:[^}]*\d){5}
     """
 )
@@ -749,9 +739,10 @@ def serve() -> None:
     """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
     are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
     import json, os, re, signal, sys
-    from functools import lru_cache
+    from functools import lru_cache, partial
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, grader, parse
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify import LatexExtractionConfig, grader, parse, parser
     from sympy import Float, nsimplify, simplify
 
     def close(a, b, *_):
@@ -768,6 +759,7 @@ def serve() -> None:
         return near and (error.is_number or simplify(error) == 0)
 
     grader.sympy_numeric_eq = grader.sympy_symbolic_eq = close      # its own takes all that is near 0 for 0
+    parser.latex2sympy = partial(latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
     config = LatexExtractionConfig(normalization_config=NormalizationConfig(nits=True, malformed_operators=True))
 
     @lru_cache
@@ -897,18 +889,8 @@ def make_sums() -> dict:
     return {"train": records[400:], "test": records[:400]}
 
 
-def fetch_math() -> dict:
-    """MATH (Hendrycks et al. 2021): all 12,500 problems but the 500 that MATH-500 tests."""
-    test = load_records("HuggingFaceH4/MATH-500")["test"]
-    held_out = {record["problem"] for record in test}
-    subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-    splits = [load_records(f"EleutherAI/hendrycks_math:{subject}").values() for subject in subjects.split()]
-    records = itertools.chain(*itertools.chain(*splits))
-    return {"train": [record for record in records if record["problem"] not in held_out], "test": test}
-
-
 # Data that are made here: a name for --data, and the function that returns each split's records, the same every time.
-MADE = {"": dict, "sums": make_sums, "math": fetch_math}
+MADE = {"": dict, "sums": make_sums}
 
 
 def read_file(path: str) -> Iterable[dict]:
@@ -1002,8 +984,9 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             words += flags.grader == "boxed-math" and all(map(literal, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
-        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than {limit} tokens, "
-        f"others lack an answer that the grader can read; {words} have one that counts in the same words only"
+        f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
+        "tokens that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
+        f"{words} have one that counts in the same words only"
     )
     if not examples:
         columns = ", ".join(next(iter(records), ()))
@@ -1037,29 +1020,15 @@ def main_rank() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints on rank 0. A terminal that is gone, or a full disk behind it, is not worth the run."""
-    if not main_rank():
-        return
-    try:
-        print(text, flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-
-
-def make_output_safe() -> None:
-    """What a terminal cannot show is shown otherwise; where there is none, nothing is."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """Prints on rank 0, past all buffers: a terminal that is gone, or a full disk behind it, is not worth the run."""
+    if main_rank() and sys.stdout:
+        with suppress(OSError):
+            os.write(sys.stdout.fileno(), f"{text}\n".encode())
 
 
 def progress_bar(total: int, title: str) -> tqdm:
     """A bar of completions on rank 0's terminal, for work that takes more than a second or two."""
-    silent = None if main_rank() else True  # None: where there is no terminal
+    silent = None if main_rank() and sys.stderr else True  # None: where there is no terminal
     return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
@@ -1069,17 +1038,15 @@ def json_lines(records: list[dict]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in finite).encode()
 
 
-# The pictures in curve.png, and the metrics that each shows.
-PANELS = {
-    "reward (mean of the step)": ["reward"],
-    "test questions solved (± standard error)": [],
-    "completion length (tokens)": ["completion_length"],
-    "share of completions truncated": ["truncated"],
-    "entropy (nats per sampled token)": ["entropy"],
-    "gradient norm": ["grad_norm"],
-    "approx_kl": ["approx_kl"],
-    "seconds per step": ["rollout_seconds", "update_seconds"],
-}
+PANELS = [                                  # of curve.png: metrics that share a picture; the evaluations have their own
+    ["reward"],
+    ["completion_length"],
+    ["truncated"],
+    ["entropy"],
+    ["grad_norm"],
+    ["approx_kl"],
+    ["rollout_seconds", "update_seconds"],
+]
 
 
 class Log:
@@ -1089,11 +1056,7 @@ class Log:
         """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         texts = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and run.step else []
-        with gpt.blaming(f"{self.path} is damaged", "remove it"):
-            self.lines = [line for line in map(json.loads, texts) if line["step"] < run.step]
-        self.first, self.spent = run.step, 0.0  # the step that it takes up, and the seconds of steps since
-        self.evaluation = 0.0               # the seconds of the last one
-        self.clock = time.monotonic()       # at the last line
+        self.lines = [line for line in map(json.loads, texts) if line["step"] < run.step]
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1125,8 +1088,8 @@ class Log:
                 "Set WANDB_MODE=offline to keep them for `wandb sync`."
             )
 
-    def write(self, metrics: dict) -> float:
-        """One more line: the file is always whole. Returns the seconds since the last one."""
+    def write(self, metrics: dict) -> None:
+        """One more line: the file is always whole."""
         self.lines.append(json.loads(json_lines([metrics])))
         gpt.write_file(self.path, json_lines(self.lines))
         with self.best_effort():
@@ -1134,27 +1097,30 @@ class Log:
                 self.wandb.log(self.lines[-1], step=metrics["step"])
         for key, value in metrics.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(key, value, metrics["step"])
-        before, self.clock = self.clock, time.monotonic()
-        return self.clock - before
+
+    def seconds_left(self, run: Run) -> float:
+        """After a step: as many steps as are left, each as long as the mean of the last ten, and evaluations."""
+        steps = [line["rollout_seconds"] + line["update_seconds"] for line in self.lines if "reward" in line][-10:]
+        evaluations = [line["evaluation_seconds"] for line in self.lines if "evaluation_seconds" in line]
+        left = run.num_steps - run.step - 1
+        number = math.ceil(run.num_steps / run.flags.eval_every) - run.step // run.flags.eval_every
+        return left * statistics.fmean(steps) + number * [0.0, *evaluations][-1]
 
     def write_step(self, run: Run, metrics: dict, groups: list[Group]) -> None:
         """The metrics, and in steps that begin with an evaluation every completion too; says how it goes."""
-        self.spent += self.write({"step": run.step, **metrics})
-        every, last = run.flags.eval_every, run.num_steps - 1
-        left = self.spent / (run.step + 1 - self.first) * (last - run.step)
-        left += self.evaluation * (last // every - run.step // every + 1)
+        self.write({"step": run.step, **metrics})
         text = (
             f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  "
             f"length {metrics['completion_length']:.1f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-            f"left {timedelta(seconds=round(left))}"
+            f"left {timedelta(seconds=round(self.seconds_left(run)))}"
         )
         if metrics["updates_left_out"]:
             text += f"  {metrics['updates_left_out']} updates left out: the mean ratio was above --max-ratio"
         if not math.isfinite(metrics["grad_norm"]):
             text += "  a gradient is not finite: its update is left out"
         say(text)
-        last = [line["advantage_tokens"] for line in self.lines if "advantage_tokens" in line][-10:]
-        if run.step - self.first == 9 and not any(last):
+        learned = [line["advantage_tokens"] for line in self.lines if "advantage_tokens" in line]
+        if len(learned) == 10 and not any(learned):
             say("all rewards of a question agreed so far, so there is nothing to learn from: try a few-shot prefix "
                 "(--few-shot), a larger --num-samples, or an easier task; where all are right, a harder one")
         if run.step % run.flags.eval_every == 0:
@@ -1163,22 +1129,16 @@ class Log:
     def write_evaluation(self, run: Run, metrics: dict, groups: dict[str, list[Group]]) -> None:
         """The metrics, every sampled completion by the name of its data, and the picture; prints a right and a wrong
         completion of the first question that has both."""
+        self.write({"step": run.step, **metrics})
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
-        self.evaluation = self.write({"step": run.step, **metrics})
         records = self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
-
         both = (record for record in records if min(record["scores"]) < 1 <= max(record["scores"]))
         record = next(both, records[0])
-        say(f"  question   {shortened(record['question'])}\n  reference  {shortened(record['reference'])}")
         said = {score >= 1: text for score, text in zip(record["scores"], record["completions"])}
-        for right in sorted(said, reverse=True):
-            say(f"  {'right' if right else 'wrong'}      {shortened(said[right])}")
-        with self.best_effort():
-            if self.wandb:
-                import pandas, wandb
-
-                table = pandas.DataFrame(records).explode(["completions", "scores", "rewards"])
-                self.wandb.log({"samples": wandb.Table(dataframe=table)}, step=run.step)
+        shown = {"question": record["question"], "reference": record["reference"]}
+        shown |= {"right" if right else "wrong": said[right] for right in sorted(said, reverse=True)}
+        for name, text in shown.items():
+            say(f"  {name:9}  {textwrap.shorten(text, 600, placeholder=' …')}")
         self.plot()
 
     def write_samples(self, name: str, groups: dict[str, list[Group]]) -> list[dict]:
@@ -1198,41 +1158,36 @@ class Log:
         return records
 
     def plot(self) -> None:
-        """Draws curve.png anew: each metric of the steps with its mean over ten of them, and the evaluations."""
+        """Draws curve.png anew: the metrics of the steps with their means over ten of them, and the evaluations with
+        their standard errors."""
         import pandas
         from matplotlib.figure import Figure
 
         table = pandas.DataFrame(self.lines).groupby("step").first()
         figure = Figure(figsize=(16, 7), layout="constrained")
-        for axes, (title, keys) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-            for key in keys:
-                y = table.reindex(columns=[key])[key].dropna()
-                [line] = axes.plot(y.rolling(10, min_periods=1).mean(), label=key)
-                axes.plot(y, color=line.get_color(), alpha=0.35, linewidth=1)
-            for key in evaluation_keys(table.columns) if not keys else ():
-                y = table[[key, key + "_error"]].dropna()
-                style = "--o" if key.endswith("greedy") else "-o"
-                axes.errorbar(y.index, y[key], y[key + "_error"], label=key, capsize=3, markersize=3, fmt=style)
+        first, second, *others = figure.subplots(2, 4).flat
+        for axes, keys in zip([first, *others], PANELS):
+            steps = table.reindex(columns=keys).dropna()
+            axes.plot(steps, alpha=0.35, linewidth=1)
+            axes.set_prop_cycle(None)       # the same colours again
+            axes.plot(steps.rolling(10, min_periods=1).mean())
             low, high = axes.dataLim.intervaly
-            axes.set(title=title, xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))  # rounding is no trouble
-            axes.grid(alpha=0.3)
-            if axes.lines:
-                axes.legend(fontsize="small")
+            axes.set(title=", ".join(keys), xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))
+        tests = table[evaluation_keys(table)].dropna()
+        errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
+        tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05), title="tests solved")
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
 
     def close(self, run: Run, interrupted: bool) -> None:
         """Says what the run has changed, and where to look."""
-        tests = [line for line in self.lines if evaluation_keys(line)]
-        rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
         if interrupted:
             say(f"interrupted after step {run.step} of {run.num_steps}: go on with --resume")
-        elif len(tests) > 1:
-            say(f"before  {describe_evaluation(tests[0])}\nafter   {describe_evaluation(tests[-1])}")
-        if rewards:
-            say(f"reward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
+        rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
+        tests = [describe_evaluation(line) for line in self.lines if evaluation_keys(line)]
+        if rewards and tests:
+            say(f"before  {tests[0]}\nafter   {tests[-1]}\nreward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
             self.plot()
-        if not interrupted:
-            say(f"curve   {self.out / 'curve.png'}\n{'saved' if run.num_steps else 'samples'} in {self.out}")
+        say(f"curve   {self.out / 'curve.png'}\n{'saved' if rewards else 'samples'} in {self.out}")
         with self.best_effort():
             if self.wandb:
                 self.wandb.finish()
@@ -1240,12 +1195,7 @@ class Log:
             self.tensorboard.close()
 
 
-def shortened(text: str, width: int = 600) -> str:
-    text = " ⏎ ".join(text.strip().splitlines())
-    return text if len(text) <= width else text[:width] + " …"
-
-
-def evaluation_keys(keys: Any) -> list[str]:
+def evaluation_keys(keys: Iterable[str]) -> list[str]:
     """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
     accuracy."""
     several = sum(key.endswith("greedy") for key in keys) > 1
@@ -1297,8 +1247,8 @@ def make_starter(folder: Path) -> None:
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
     model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
     model.raw_config = shape
-    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, Flags())
-    flags = replace(Flags(), **TASKS["arithmetic"])
+    flags = Flags(**TASKS["arithmetic"])
+    learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, flags)
     examples = load_examples(flags, tokenizer, shape["sequence_len"], flags.data, "train")
     steps = teach(learner, tokenizer, examples, goal=0.6, size=128)
     gpt.save_checkpoint(folder, steps, learner.model, learner.model.state_dict(), tokenizer)
@@ -1344,107 +1294,73 @@ def find_state(out: Path, step: int | None) -> dict:
     return {}
 
 
-def settle(argv: list[str], kind: str, saved: dict, device: torch.device) -> Flags:
-    """All flags of a run, its type and first day among them; says what is not as it was when the run went on. Raises
-    UserError."""
-    flags = settle_flags(argv, kind, saved)
-    if flags.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard needs a package: pip install tensorboard")
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    variables = flags.chat_template_kwargs
-    with gpt.blaming(f"--chat-template-kwargs {variables} is no JSON object", "give one"):
-        variables = dict(json.loads(variables))
-    if kind == "huggingface":
-        variables = {"date_string": date.today().strftime("%d %b %Y"), **variables}
-    elif variables or flags.chat_template:
-        raise UserError("--chat-template and --chat-template-kwargs are for Hugging Face's models: nanochat's chat has "
-                        "no template")
-    dtype = flags.dtype or ("bfloat16" if fast else "float32")
-    flags = replace(flags, dtype=dtype, chat_template_kwargs=json.dumps(variables))
-    of_this_start = {"resume", "name", "model_tag", "model_step"}
-    changed = [key for key, value in asdict(flags).items() if saved.get(key, value) != value]
-    changes = [f"--{key.replace('_', '-')} {getattr(flags, key)}, not {saved[key]}" for key in changed
-               if key not in of_this_start]
-    if changes:
-        say(f"going on with {'; '.join(changes)}")
-    if "lora_rank" in changed:
-        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-    return flags
+KEPT = ("argv", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, besides what learns
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
     """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
-    this process alive. What an earlier run left there is moved to previous/<name>-<n> by one that begins. Raises
-    UserError."""
+    this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
     out = run.out
-    try:
+    with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
-        if run.num_steps and not run.step and out.exists() and any(out.iterdir()):
-            places = (out.parent / "previous" / f"{out.name}-{n}" for n in itertools.count(1))
-            place = next(place for place in places if not place.exists())
+        try:
+            stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
+        except filelock.Timeout:
+            raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
+        if not run.step and out.exists() and any(out.iterdir()):
+            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             place.parent.mkdir(exist_ok=True)
             out.rename(place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(exist_ok=True)
-        if run.num_steps:
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            about = {"flags": asdict(run.flags), "source": run.source, "versions": versions}
-            gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
-            for script in (__file__, gpt.__file__):
-                gpt.write_file(out / Path(script).name, Path(script).read_bytes())
-    except filelock.Timeout as error:
-        raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}): set NANOCHAT_BASE_DIR to a folder that you can write "
-                        "to") from error
+        about = {key: getattr(run, key) for key in KEPT} | {"flags": asdict(run.flags), "torch": torch.__version__}
+        gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
+        for script in (__file__, gpt.__file__):
+            gpt.write_file(out / Path(script).name, Path(script).read_bytes())
 
 
 def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
     """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
-    template = flags.chat_template
-    if template:
-        with gpt.blaming(f"--chat-template {template} cannot be read", "give a text file"):
-            template = Path(template).expanduser().read_text(encoding="utf-8")
-    variables = json.loads(flags.chat_template_kwargs)
+    with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
+        template = flags.chat_template and Path(flags.chat_template).expanduser().read_text(encoding="utf-8")
+        variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
     return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
 
 
-def prepare(argv: list[str], device: torch.device, stack: ExitStack) -> tuple[Run, GPT, dict]:
+def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     given = parse_flags(argv, {})
-    with gpt.blaming("there is no home directory", "set NANOCHAT_BASE_DIR"):
-        base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().resolve()
+    base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
     source, name = find_source(given.model_tag, base)
     out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
     if Path(source).is_relative_to(out) and not given.resume:
         out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
     state = find_state(out, given.model_step) if given.resume else {}
-    begun = {"source": source, "source_step": given.model_step, "wandb_id": os.urandom(4).hex(), "step": 0}
-    begun |= {key: state[key] for key in begun if state}
-    saved = {key: value for key, value in state.get("flags", {}).items() if hasattr(Flags, key)}
-    whole = state and not saved["lora_rank"]  # a run has all of its weights; adapters want those that they adapt
-    place, step = (str(out), state["step"]) if whole else (begun["source"], begun["source_step"])
+    state = dict(zip(KEPT, ([], source, given.model_step, os.urandom(4).hex(), 0))) | state
+    if state["step"]:
+        say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
+    before, argv = parse_flags(state["argv"], {}), state["argv"] + argv
+    given = parse_flags(argv, {})
+    if state["step"] and given.lora_rank != before.lora_rank:
+        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
+    whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
+    place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
     if name == "starter" and not Path(place).exists():
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
-    folder = gpt.find_folder(place)
-    kind = "huggingface" if [*folder.glob("config.json"), *folder.glob("[0-9]*/config.json")] else "nanochat"
-    flags = settle(argv, "starter" if name == "starter" else kind, saved, device)
-    model, tokenizer = load_model(place, step, flags)
-    limit = model.config.max_positions - flags.max_new_tokens
-    if limit < 1:
-        raise UserError(f"--max-new-tokens {flags.max_new_tokens} leaves no room for a question in the model's "
-                        f"{model.config.max_positions} positions: lower it")
-    questions, tests = load_task(flags, tokenizer, limit)
+    model, tokenizer = load_model(place, step, given)
+    kind = "starter" if name == "starter" else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    flags = settle_flags(argv, kind)
+    questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    run = Run(flags, questions, tests, tokenizer, out, num_steps, **begun)
+    kept = {key: state[key] for key in KEPT} | {"argv": argv}
+    run = Run(flags, questions, tests, tokenizer, out, num_steps, **kept)
     open_folder(run, stack)
     return run, model, state
 
@@ -1452,7 +1368,9 @@ def prepare(argv: list[str], device: torch.device, stack: ExitStack) -> tuple[Ru
 def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Learner:
     """What learns, on every rank, from rank 0's model and the state that it goes on from."""
     flags = run.flags
-    learner = Learner(model, ranks, getattr(torch, flags.dtype), flags)
+    fast = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = flags.dtype or ("bfloat16" if fast else "float32")
+    learner = Learner(model, ranks, getattr(torch, dtype), flags)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)
@@ -1460,63 +1378,58 @@ def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Lear
 
 
 def save(run: Run, learner: Learner) -> None:
-    """Writes a checkpoint to load here and in nanochat or transformers, and last what the run can go on from. Raises
-    OSError."""
+    """Writes a checkpoint to load here and in nanochat or transformers, and last what the run can go on from. Removes
+    those that --keep-last does not keep, all states but the last two, and what the run left after this step when it
+    went another way. Raises OSError."""
     state = learner.save_state()
     if learner.ranks.rank:
         return
     weights = {**learner.model.state_dict(), **state["masters"]}
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.source)
-    about = {key: getattr(run, key) for key in ("source", "source_step", "wandb_id", "step")}
-    content = partial(torch.save, {**state, **about, "flags": asdict(run.flags)})
-    gpt.write_file(run.out / f"optim_{run.step:06d}.pt", content)
-    prune(run)
-
-
-def prune(run: Run) -> None:
-    """Removes checkpoints that --keep-last does not keep, all states but the last two, and what the run left after
-    this step when it went another way."""
-    steps = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step]
-    kept = steps[-run.flags.keep_last :]
+    state |= {key: getattr(run, key) for key in KEPT}
+    gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
+    kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]
     for path in run.out.iterdir():
         found = re.fullmatch(r"(model_|meta_|optim_|)(\d{6,})(\.\w+)?", path.name)
         if found and int(found[2]) not in (kept[-2:] if found[1] == "optim_" else kept):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def start(argv: list[str], stack: ExitStack) -> int:
+    """A run from its beginning to its end, on every rank. Returns the exit status."""
+    ranks = gpt.start_ranks(parse_flags(argv, {}).device_type)
+    run, model, state = None, None, {}
+    if ranks.rank == 0:
+        try:
+            run, model, state = prepare(argv, stack)
+        except UserError as error:
+            run = error
+    ranks.wait_for_main()
+    run = ranks.share(run)
+    if isinstance(run, UserError):
+        raise run
+    learner = make_learner(run, model, state, ranks)
+    del model, state
+    return train(run, learner)
+
+
 def main(argv: list[str]) -> int:
     """Runs, and returns the exit status: 2 where something was amiss from the start, 1 where it went wrong later, 128
     + its number where a signal ended it."""
-    status, given, run = 2, None, None
-    make_output_safe()
+    text, status = "", 1
     with ExitStack() as stack:
         try:
-            given = parse_flags(argv, {})
-            ranks = gpt.start_ranks(given.device_type)
-            model, state = None, {}
-            if ranks.rank == 0:
-                try:
-                    run, model, state = prepare(argv, ranks.device, stack)
-                except UserError as error:
-                    run = error
-            ranks.wait_for_main()
-            run = ranks.share(run)
-            if isinstance(run, UserError):
-                raise run
-            status = 1
-            learner = make_learner(run, model, state, ranks)
-            del model, state
-            status = train(run, learner)
+            status = start(argv, stack)
         except torch.OutOfMemoryError:
-            print("chat_rl: the device's memory is full: lower --rollout-batch-size where it samples, "
-                  "--device-batch-size where it learns, or --recompute, and go on with --resume", file=sys.stderr)
-        except (UserError, OSError) as error:
-            late = isinstance(error, OSError) and status == 1
-            hint = f": mend that, and go on in {run.out} with --resume" if late else ""
-            alone = status == 2 and given and error is not run  # else all ranks raise it, or rank 0 writes
-            if main_rank() or alone:
-                print(f"chat_rl: {error}{hint}", file=sys.stderr)
-    if dist.is_initialized() and status not in (1, 2):  # after a failure other ranks may wait in a collective
+            text = ("the device's memory is full: lower --rollout-batch-size where it samples, --device-batch-size "
+                    "where it learns, or --recompute, and go on with --resume")
+        except UserError as error:
+            text, status = error, 2
+        except (OSError, ArithmeticError) as error:
+            text = f"{error}: mend that, and go on with --resume"
+    if text and main_rank():
+        print(f"chat_rl: {text}", file=sys.stderr)
+    if dist.is_initialized() and not text:  # after a failure other ranks may wait in a collective
         dist.barrier()                      # no rank leaves while another is still talking to it
         dist.destroy_process_group()
     return status

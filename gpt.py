@@ -1150,8 +1150,8 @@ def appearing(path: Path) -> Iterator[Path]:
                     os.fsync(file)
         shutil.rmtree(path, ignore_errors=True)
         part.replace(path)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise OSError(one_line(error.__context__ or error)) from error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise OSError(f"cannot write {path} ({one_line(error.__context__ or error)})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -86,6 +86,14 @@ def scripted_model(successors: dict[int, list[int]], default: int) -> gpt.GPT:
     return model
 
 
+def shared(*parts: str) -> Path:
+    """What lies beside the project; without it the test is skipped."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
 def chat(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
@@ -175,8 +183,8 @@ def pictures(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def adder_base(tmp_path_factory) -> Path:
-    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn: taught once,
-    by the worker that comes first. Do not write into it: take `base`."""
+    """A base folder whose SFT checkpoint `adder` can add a little, so that groups have something to learn, and whose tables
+    are bfloat16: taught once, by the worker that comes first. Do not write into it: take `base`."""
     many = "PYTEST_XDIST_WORKER" in os.environ
     base = tmp_path_factory.getbasetemp().parent / "adder" if many else tmp_path_factory.mktemp("adder")
     folder = base / "chatsft_checkpoints" / "adder"
@@ -194,7 +202,9 @@ def teach_adder(folder: Path) -> None:
     model.raw_config = shape
     learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
     chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=64)
-    gpt.save_checkpoint(folder, 150, learner.model, learner.model.state_dict(), tokenizer)
+    state = learner.model.state_dict()
+    learner.model.stored_types = {key: torch.bfloat16 for key in state if "wte" in key or "value_embeds" in key}
+    gpt.save_checkpoint(folder, 150, learner.model, state, tokenizer)
 
 
 @pytest.fixture
@@ -211,26 +221,20 @@ def environment(base: Path, **more: str) -> dict:
     return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "ROOT": str(ROOT), **more}
 
 
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """Undoes what a run does to the handlers of signals. Ctrl-C is heard, also where the tests run in the background."""
+def main(base: Path, *flags: str) -> int:
+    """Runs chat_rl in this process; returns its exit status. Ctrl-C is heard, also where the tests run in the background, and
+    the handlers of signals stay what they were."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def main(base: Path, *flags: str) -> int:
-    """Runs chat_rl in this process; returns its exit status."""
-    with pytest.MonkeyPatch.context() as patch, signals_kept():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         try:
             return chat_rl.main([str(flag) for flag in flags])
         except SystemExit as end:
             return end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def free_port() -> int:
@@ -241,14 +245,16 @@ def free_port() -> int:
 
 @contextmanager
 def forks(base: Path, flags: tuple, ranks: int, script: Path, out: Path, error: Path, **more: str) -> Iterator[list[Fork]]:
-    """A process for each rank, or one without any, that print to two files, or to one. In the end none of them is left."""
+    """A process for each rank, or one without any, that print to two files, or to one. In the end none of them is left. Only
+    rank 0 has the base folder: the others are on another machine."""
     for path in (out, error):
         path.write_bytes(b"")
     places = [{}]
     if ranks:
         shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(ranks))
-        places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+        places = [dict(shared, RANK=str(i), LOCAL_RANK=str(i), NANOCHAT_BASE_DIR=str(base / "elsewhere" if i else base))
+                  for i in range(ranks)]
     draws = matplotlib.figure.Figure.savefig is DRAW
     processes = [Fork(script, [*map(str, flags)], base, environment(base, **place, **more), out, error, draws)
                  for place in places]
@@ -274,12 +280,20 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
     return done
 
 
-def run_alone(base: Path, *flags: str, status: int = 0, **more: str) -> subprocess.CompletedProcess:
-    """Runs chat_rl.py to its end as a user does, with an interpreter of its own."""
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *map(str, flags)], env=environment(base, **more),
-                          cwd=base, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+def edited(base: Path, code: str) -> Path:
+    """A program that runs this code and then chat_rl."""
+    script = base / "edited.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, os.environ["ROOT"])
+import torch, chat_rl, gpt
+{code}
+status = chat_rl.main(sys.argv[1:])
+if "RANK" in os.environ:
+    os._exit(status)
+sys.exit(status)
+""")
+    return script
 
 
 def wait_for(condition: Callable, seconds: float, what: str, pause: float = 0.005) -> Any:
@@ -314,11 +328,14 @@ def out(base: Path, tag: str = "adder") -> Path:
     return base / "chatrl_checkpoints" / tag
 
 
-def last_step(base: Path, tag: str = "adder") -> int:
-    """The last step that metrics.jsonl tells of, −1 where there is none; the file may be in the middle of a line."""
-    path = out(base, tag) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if '"reward"' in line), default=-1)
+def metrics(base: Path, tag: str = "adder") -> list[dict]:
+    return [json.loads(line) for line in (out(base, tag) / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_step(base: Path) -> int:
+    """The last step that metrics.jsonl tells of, −1 where there is none."""
+    lines = metrics(base) if (out(base) / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines if "reward" in line), default=-1)
 
 
 def reach(process: Fork | subprocess.Popen, base: Path, step: int) -> None:
@@ -327,51 +344,39 @@ def reach(process: Fork | subprocess.Popen, base: Path, step: int) -> None:
     assert process.poll() is None, f"it ended before it could be stopped:\n{output(base)}"
 
 
-def metrics(base: Path, tag: str = "adder") -> list[dict]:
-    path = base / "chatrl_checkpoints" / tag / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def weights(base: Path, step: int, tag: str = "adder") -> dict[str, torch.Tensor]:
-    return torch.load(base / "chatrl_checkpoints" / tag / f"model_{step:06d}.pt", weights_only=True)
+    return torch.load(out(base, tag) / f"model_{step:06d}.pt", weights_only=True)
+
+
+def samples(base: Path, step: int, tag: str = "adder", kind: str = "") -> list[dict]:
+    return [json.loads(line) for line in (out(base, tag) / f"samples_{step:06d}{kind}.jsonl").read_text().splitlines()]
 
 
 def untimed(line: dict) -> dict:
     """A line of metrics.jsonl without what depends on the clock."""
-    return {key: x for key, x in line.items() if key not in ("tokens_per_second", "rollout_seconds", "update_seconds")}
+    return {key: x for key, x in line.items() if "second" not in key}
 
 
-def assert_same_run(base: Path, whole: Path, tag: str = "adder", step: int = 12) -> None:
+def assert_same_run(base: Path, whole: Path, step: int = 12) -> None:
     """Bit for bit the same weights, and the same metrics apart from times."""
-    mine, other = weights(base, step, tag), weights(whole, step, tag)
+    mine, other = weights(base, step), weights(whole, step)
     assert mine.keys() == other.keys()
     for key, tensor in other.items():
         assert mine[key].dtype == tensor.dtype and torch.equal(mine[key], tensor), key
-    assert [untimed(line) for line in metrics(base, tag)] == [untimed(line) for line in metrics(whole, tag)]
+    assert [untimed(line) for line in metrics(base)] == [untimed(line) for line in metrics(whole)]
 
 
-def assert_readable(base: Path, tag: str = "adder") -> None:
+def assert_readable(base: Path) -> None:
     """metrics.jsonl and samples are JSON to their end, and curve.png is a picture."""
-    for path in (out(base, tag) / "metrics.jsonl", *out(base, tag).glob("samples_*.jsonl")):
+    for path in (out(base) / "metrics.jsonl", *out(base).glob("samples_*.jsonl")):
         text = path.read_text()
         assert text.endswith("\n") and [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-    picture = (out(base, tag) / "curve.png").read_bytes()
+    picture = (out(base) / "curve.png").read_bytes()
     assert picture == b"a picture" or matplotlib.image.imread(io.BytesIO(picture)).std() > 0
 
 
-def cut_back(base: Path, step: int, tag: str = "adder") -> None:
+def cut_back(base: Path, step: int) -> None:
     """Takes away the checkpoints after a step, as if the run had been killed before they were written."""
-    for path in out(base, tag).glob("*_*.*"):
+    for path in out(base).glob("*_*.*"):
         if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
             path.unlink()
-
-
-def copies(base: Path, *tags: str) -> None:
-    """Copies the checkpoint `adder` under other tags."""
-    for tag in tags:
-        shutil.copytree(base / "chatsft_checkpoints" / "adder", base / "chatsft_checkpoints" / tag)
-
-
-def samples(base: Path, step: int, tag: str = "adder", kind: str = "") -> list[dict]:
-    path = base / "chatrl_checkpoints" / tag / f"samples_{step:06d}{kind}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]

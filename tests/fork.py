@@ -49,7 +49,8 @@ def become(script: Path, flags: list[str], folder: Path, variables: dict, out: P
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = [
             open(number, mode, buffering, encoding="utf-8", closefd=False)
             for number, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))]
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell ignores it in what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell ignores it in what runs in the background,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)                # nohup this one
         os.environ.clear()
         os.environ.update(variables)
         torch.set_num_threads(1)
@@ -63,5 +64,6 @@ def become(script: Path, flags: list[str], folder: Path, variables: dict, out: P
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(status)

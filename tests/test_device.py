@@ -20,9 +20,9 @@ GPU = "cuda:0"
 POLICIES = [(1.0, 50), (0.7, 0), (1.0, 1)]          # temperature and top-k
 
 
-def learner_of(model: gpt.GPT) -> gpt.Learner:
+def learner_of(model: gpt.GPT, dtype: torch.dtype = torch.float32) -> gpt.Learner:
     """On the device where the tests pretend that a GPU is."""
-    return gpt.Learner(model, gpt.Ranks(torch.device(GPU)), model.dtype, chat_rl.Flags())
+    return gpt.Learner(model, gpt.Ranks(torch.device(GPU)), dtype, chat_rl.Flags())
 
 
 def groups_of(prompts: list[list[int]], completions: list[list[gpt.Completion]]) -> list[chat_rl.Group]:
@@ -183,14 +183,11 @@ COSTS = {                                           # waits and uploads
              lambda x, y: x.__setitem__(x > 0, 1.0), lambda x, y: torch.zeros_like(x, device="cpu") + y,
              lambda x, y: torch.zeros(3, device=GPU) * x, lambda x, y: x.repeat_interleave(2), lambda x, y: y.tolist(),
              lambda x, y: y.pin_memory().to(GPU, non_blocking=True) + x],
-    (1, 0): [lambda x, y: x.sum().item(), lambda x, y: x.tolist(), lambda x, y: x.cpu() + y,
-             lambda x, y: x.to("cpu") + y, lambda x, y: x.to(y) + y, lambda x, y: bool(x.sum()),
+    (1, 0): [lambda x, y: x.tolist(), lambda x, y: x.cpu() + y, lambda x, y: x.to(y) + y, lambda x, y: bool(x.sum()),
              lambda x, y: int(x[0]), lambda x, y: float(x[0]), lambda x, y: f"{x}", lambda x, y: x.nonzero(),
-             lambda x, y: x[x > 0], lambda x, y: x[y.long()], lambda x, y: x[[0, 1]],
-             lambda x, y: y.copy_(x), lambda x, y: y.sum().copy_(x.sum()), lambda x, y: y.__setitem__(slice(3), x),
-             lambda x, y: x.__setitem__(x > 0, x[1:] + 1), lambda x, y: y[x[1].long()],
-             lambda x, y: x.repeat_interleave(x.long()), lambda x, y: range(x[1].long()), lambda x, y: y[:x[1].long()],
-             lambda x, y: x.masked_select(x > 0)],
+             lambda x, y: x[x > 0], lambda x, y: x[y.long()], lambda x, y: x[[0, 1]], lambda x, y: y.copy_(x),
+             lambda x, y: y.__setitem__(slice(3), x), lambda x, y: x.__setitem__(x > 0, x[1:] + 1),
+             lambda x, y: y[:x[1].long()], lambda x, y: x.repeat_interleave(x.long())],
     (0, 1): [lambda x, y: torch.tensor([1.0, 2.0, 3.0], device=GPU) + x, lambda x, y: y.to(x) + x,
              lambda x, y: y.cuda() + x, lambda x, y: torch.as_tensor(y, device=GPU) + x, lambda x, y: x.copy_(y),
              lambda x, y: x.__setitem__(slice(3), y), lambda x, y: y.pin_memory().to(GPU) + x]}
@@ -213,17 +210,6 @@ def test_costs_are_counted():
                 assert x.is_cuda and x.device == torch.device(GPU) and y.device.type == "cpu" and not y.is_cuda
 
 
-def test_modules_move():
-    """Parameters, their gradients and what is computed from them are on the device; to("cpu") brings all back."""
-    with FakeGPU():
-        model = torch.nn.Linear(3, 2).to(GPU)
-        model(torch.ones(1, 3, device=GPU)).sum().backward()
-        assert all(x.is_cuda for p in model.parameters() for x in (p, p.data, p.grad, p.detach()[:1]))
-        with pytest.raises(RuntimeError, match="GPU"):
-            model(torch.ones(1, 3))
-        assert not any(x.is_cuda for p in model.cpu().parameters() for x in (p, p.grad))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The project on it
 
@@ -235,17 +221,8 @@ def talkative(generation: str = "current") -> gpt.GPT:
     return model
 
 
-def test_mixing_in_the_model_is_found(monkeypatch):
-    model, unembed = tiny_model(), gpt.GPT.unembed
-    monkeypatch.setattr(gpt.GPT, "unembed", lambda *args: (x := unembed(*args)).masked_fill(torch.zeros(x.shape).bool(), 0.0))
-    with FakeGPU():
-        model.to(GPU)
-        with pytest.raises(RuntimeError, match="masked_fill of .* on the GPU with .* on the CPU"):
-            generate(model, chat_rl.byte_tokenizer(), random_prompts(), 2, 4)
-
-
-@pytest.mark.parametrize("temperature, top_k", POLICIES)
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation, temperature, top_k", [
+    *((generation, 1.0, 50) for generation in GENERATIONS), ("current", 0.7, 0), ("current", 1.0, 1)])
 def test_sampling(tokenizer, generation, temperature, top_k):
     """Prompts of several lengths, rows that stop and are dropped: what a CPU samples, and nothing is mixed."""
     model, prompts = talkative(generation), random_prompts()
@@ -258,18 +235,13 @@ def test_sampling(tokenizer, generation, temperature, top_k):
     assert len(lengths) > 1
 
 
-def calling(t: gpt.Tokenizer) -> gpt.GPT:
-    """A model that keeps calling the calculator."""
-    one, plus = b"1+"
-    return scripted_model({t.assistant_start: [t.python_start], t.python_start: [one], one: [plus, t.python_end],
-                           plus: [one], t.output_end: [t.python_start, t.assistant_end]}, default=t.assistant_end)
-
-
 @pytest.mark.parametrize("kind", ["plain", "dropping", "calling"])
 def test_one_wait_per_position(tokenizer, kind):
     """And one at the end, however many rows are dropped and whatever the calculator is asked."""
-    t = tokenizer
-    model = {"plain": scripted_model({}, default=ord("a")), "dropping": talkative(), "calling": calling(t)}[kind]
+    t, one, plus = tokenizer, *b"1+"
+    script = {t.assistant_start: [t.python_start], t.python_start: [one], one: [plus, t.python_end], plus: [one],
+              t.output_end: [t.python_start, t.assistant_end]}
+    model = {"plain": scripted_model({}, ord("a")), "dropping": talkative(), "calling": scripted_model(script, t.assistant_end)}[kind]
     with FakeGPU() as device:
         model.to(GPU)
         device.uploads.clear()
@@ -277,7 +249,7 @@ def test_one_wait_per_position(tokenizer, kind):
     positions, lengths = max(len(c.tokens) for c in group), {len(c.tokens) for c in group}
     calls = sum(c.tokens.tolist().count(t.output_end) for c in group)
     assert {"plain": lengths == {40}, "dropping": len(lengths) > 10, "calling": calls > 100}[kind]
-    assert device.waits.total() <= positions + 1, device.waits.most_common()
+    assert positions <= device.waits.total() <= positions + 1, device.waits.most_common()
     assert kind != "plain" or device.uploads.total() <= 10, device.uploads.most_common()
 
 
@@ -306,7 +278,7 @@ def test_bfloat16_weights_with_float32_masters(tokenizer):
     model = tiny_model()
     size = sum(p.numel() for p in model.parameters())
     with FakeGPU() as device:
-        learner = gpt.Learner(model, gpt.Ranks(torch.device(GPU)), torch.bfloat16, chat_rl.Flags())
+        learner = learner_of(model, torch.bfloat16)
         assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16}
         assert device.made[torch.float32] < 4 * 5.5 * size and device.made[torch.bfloat16] < 2 * 1.5 * size, device.made
         device.made.clear()
@@ -316,12 +288,12 @@ def test_bfloat16_weights_with_float32_masters(tokenizer):
         assert gradient_of(learner.model).norm() > 0 and learner.update(1.0) > 0
 
 
-def test_adapters_are_merged_on_the_host(tmp_path):
+def test_adapters_are_merged_on_the_host():
     """What is saved of a base on the device and of masters on the host."""
-    model = gpt.GPT(gpt.nanochat_config("current", **SHAPE, ))
-    model = gpt.build(replace(model.config, lora_rank=2), {name: x.data for name, x in tiny_model().named_parameters()}, {})
+    config = replace(gpt.nanochat_config("current", **SHAPE), lora_rank=2)
+    model = gpt.build(config, {name: x.data for name, x in tiny_model().named_parameters()}, {})
     with FakeGPU():
-        learner = gpt.Learner(model, gpt.Ranks(torch.device(GPU)), torch.float32, chat_rl.Flags())
+        learner = learner_of(model)
         for x in state_of(learner, "masters"):
             x.fill_(0.1)
         state = {**learner.model.state_dict(), **learner.save_state()["masters"]}

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
-import conftest
 import numpy
 import pytest
 import torch
-from conftest import SMALL, completion, untimed
+from conftest import assert_same_run, completion, cut_back, last_step, main, metrics, out, samples, untimed, weights
 from reference import NAMES, random_state, reference_logits, write_checkpoint
 from torch import Tensor
 
@@ -30,12 +29,12 @@ CONFIG = {"sequence_len": 64, "vocab_size": 265, "n_layer": 3, "n_head": 2, "n_k
 TRAIN = [{"question": f"q{i}?", "answer": "34"[i % 2]} for i in range(14)]
 TEST = [{"question": f"t{i}?", "answer": "343"[i % 3]} for i in range(7)]
 EXAMPLES, SAMPLES, LENGTH, EVALUATED, K, SEED = 7, 3, 12, 5, 3, 34
-TEMPERATURE, TOP_K, DECAY, FRACTION = 0.8, 4, 0.3, 0.02
+TEMPERATURE, WARMER, TOP_K, DECAY, FRACTION = 0.8, 1.2, 4, 0.3, 0.02
 RATES = {"embedding": 0.3, "unembedding": 0.006, "matrix": 0.03}
-FLAGS = ["--model-tag=caller", "--task=script", "--run=recorded", "--max-steps=2", "--eval-every=1", "--save-every=1",
+FLAGS = ["--model-tag=adder", "--task=script", "--run=recorded", "--max-steps=2", "--eval-every=1", "--save-every=1",
          f"--examples-per-step={EXAMPLES}", f"--num-samples={SAMPLES}", f"--max-new-tokens={LENGTH}",
          f"--eval-examples={EVALUATED}", f"--eval-samples={K}", f"--seed={SEED}", f"--temperature={TEMPERATURE}",
-         f"--top-k={TOP_K}", f"--weight-decay={DECAY}", f"--init-lr-frac={FRACTION}", "--device-batch-size=3",
+         f"--eval-temperature={WARMER}", f"--top-k={TOP_K}", f"--weight-decay={DECAY}", f"--init-lr-frac={FRACTION}", "--device-batch-size=3",
          "--rollout-batch-size=9", *(f"--{name}-lr={rate}" for name, rate in RATES.items())]
 SHIFT = 0.25                                # added to the logprobs that the sampler tells, so that there is a gap to measure
 
@@ -44,8 +43,6 @@ SCRIPT = {ASSISTANT_START: {PYTHON_START: 8, "#": 5, "3": 3, BOS: 3}, PYTHON_STA
           "+": {"2": 7}, "2": {PYTHON_END: 7, "3": 3}, PYTHON_END: {OUTPUT_START: 5, "#": 4}, OUTPUT_START: {"3": 4},
           OUTPUT_END: {"#": 6, "3": 5, "4": 5}, "#": {"3": 6, "#": 3, "4": 6, BOS: 3},
           "3": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}, "4": {ASSISTANT_END: 6, "3": 4, "#": 4, BOS: 4}}
-
-# What these tests take from the product, and what they know of its inside
 
 
 def use_script(patch: pytest.MonkeyPatch, grader: Callable[[str, str], float]) -> None:
@@ -68,17 +65,8 @@ def shift_logprobs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gpt, "generate", shifted)
 
 
-def answer_call(tokens: list[int]) -> list[int]:
-    """What the calculator forces after these tokens."""
-    return chat_rl.byte_tokenizer().answer_call(tokens)
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    return gpt.orthogonalize(x.unsqueeze(0))[0]
-
-
 def loaded(n: int) -> list[int]:
-    """The order in which so many rows are loaded."""
+    """The order of so many rows."""
     return numpy.random.default_rng(42).permutation(n).tolist()
 
 
@@ -118,66 +106,38 @@ def grader(reference: str, text: str) -> float:
     return 1.0 if text.endswith(reference) else 0.5 * text[-1:].isdigit()
 
 
-class Recorder(SimpleNamespace):
-    """A `wandb`, and its run, that write down what they are told."""
-
-    def __init__(self):
-        super().__init__(calls=[], Settings=lambda **more: more, Table=lambda dataframe: dataframe)
-
-    def init(self, **more: Any) -> "Recorder":
-        self.calls.append(("init", more))
-        return self
-
-    def define_metric(self, *args: Any, **more: Any) -> None:
-        self.calls.append(("define_metric", (args, more)))
-
-    def log(self, content: dict, step: int) -> None:
-        self.calls.append(("log", {"step": step, **content}))
-
-    def finish(self) -> None:
-        self.calls.append(("finish", None))
-
-    def told(self, name: str) -> list:
-        return [content for called, content in self.calls if called == name]
-
-
 @pytest.fixture(scope="module")
-def recorder() -> Iterator[Recorder]:
+def wandb() -> Iterator[MagicMock]:
     """The task, a sampler that tells shifted logprobs, and W&B's stand-in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", Recorder())
+        patch.setitem(sys.modules, "wandb", MagicMock(name="wandb"))
         use_script(patch, grader)
         shift_logprobs(patch)
         yield sys.modules["wandb"]
 
 
-def main(base: Path, *flags: str) -> int:
-    return conftest.main(base, *FLAGS, *flags)
-
-
-def out(base: Path) -> Path:
-    return base / "chatrl_checkpoints" / "caller"
-
-
-def samples(base: Path, step: int) -> list[dict]:
-    return lines(out(base) / f"samples_{step:06d}.jsonl")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def logged(wandb: MagicMock) -> list[dict]:
+    """What W&B was told, at the step that it is of."""
+    return [call.args[0] for call in wandb.init.return_value.log.call_args_list if call.kwargs["step"] == call.args[0]["step"]]
 
 
 @pytest.fixture(scope="module")
-def whole(recorder, tmp_path_factory) -> SimpleNamespace:
+def whole(wandb, tmp_path_factory) -> SimpleNamespace:
     """The run: its folder, its weights after each step, its metrics line by line, and what W&B was told. Do not write there."""
     base = tmp_path_factory.mktemp("metrics") / "base"
-    write_checkpoint(base / "chatsft_checkpoints" / "caller", scripted_state(), CONFIG)
-    assert main(base) == 0
-    files = [base / "chatsft_checkpoints" / "caller" / "model_000007.pt", *sorted(out(base).glob("model_*.pt"))]
-    metrics = lines(out(base) / "metrics.jsonl")
-    return SimpleNamespace(base=base, states=[torch.load(file, weights_only=True) for file in files],
-                           steps=[line for line in metrics if "reward" in line], metrics=metrics,
-                           evaluations=[line for line in metrics if "greedy" in line], calls=list(recorder.calls))
+    write_checkpoint(base / "chatsft_checkpoints" / "adder", scripted_state(), CONFIG)
+    assert main(base, *FLAGS) == 0
+    files, lines = [base / "chatsft_checkpoints" / "adder" / "model_000007.pt", *sorted(out(base).glob("model_*.pt"))], metrics(base)
+    return SimpleNamespace(base=base, states=[torch.load(file, weights_only=True) for file in files], metrics=lines,
+                           steps=[line for line in lines if "reward" in line], logged=logged(wandb), calls=wandb.mock_calls[:],
+                           evaluations=[line for line in lines if "greedy" in line], begun=wandb.init.call_args.kwargs)
+
+
+@pytest.fixture
+def base(whole, tmp_path) -> Path:
+    """A base folder with the checkpoint alone."""
+    shutil.copytree(whole.base / "chatsft_checkpoints", tmp_path / "base" / "chatsft_checkpoints")
+    return tmp_path / "base"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,7 +176,7 @@ def sampled(state: dict, row: dict, numbers: Callable[[int], float], temperature
         mask.append(learned)
         logprobs.append(logprob)
         if learned and token == PYTHON_END:
-            forced = answer_call(tokens)
+            forced = chat_rl.byte_tokenizer().answer_call(tokens)
         if token in (ASSISTANT_END, BOS):
             break
     return completion(tokens, mask, logprobs, entropy)
@@ -276,10 +236,10 @@ def test_metrics_of_the_steps(whole, rollouts):
 
 def test_evaluations(whole):
     """pass@k, the greedy accuracy and the samples at each step are those of the weights then, with the same random numbers
-    every time, at temperature 1 and the run's top-k. Half a score is not solved."""
+    every time, at their own temperature and the run's top-k. Half a score is not solved."""
     assert [line["step"] for line in whole.evaluations] == [0, 1, 2]
     for line, state in zip(whole.evaluations, map(double, whole.states), strict=True):
-        groups = [group_of(state, TEST, i, K, (SEED, 4), 1.0, TOP_K) for i in sorted(loaded(len(TEST))[:EVALUATED])]
+        groups = [group_of(state, TEST, i, K, (SEED, 4), WARMER, TOP_K) for i in sorted(loaded(len(TEST))[:EVALUATED])]
         greedy = [group_of(state, TEST, i, 1, (SEED, 4), 1.0, 1) for i in sorted(loaded(len(TEST))[:EVALUATED])]
         assert 0.5 in [group.scores[0] for group in greedy] and 1.0 in [group.scores[0] for group in greedy]
         for row, group in zip(samples(whole.base, line["step"]), groups, strict=True):
@@ -291,7 +251,7 @@ def test_evaluations(whole):
             solved[f"pass@{k}"] = [1 - math.comb(n, k) / math.comb(K, k) for n in wrong]
         wanted = {key: statistics.fmean(x) for key, x in solved.items()}
         wanted |= {"timeouts": 0} | {f"{key}_error": statistics.stdev(map(float, x)) / EVALUATED ** 0.5 for key, x in solved.items()}
-        assert {key: x for key, x in line.items() if key != "step"} == pytest.approx(wanted)
+        assert {key: x for key, x in untimed(line).items() if key != "step"} == pytest.approx(wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,24 +307,21 @@ def test_weights_after_each_step(whole, rollouts):
             else:
                 rate, known = RATES["matrix"] * max(1, g.size(0) / g.size(1)) ** 0.5, torch.ones_like(x).bool()
                 mean.lerp_(g, 0.05)
-                wanted = x - rate * fraction * orthogonalize(g.lerp(mean, 0.95))
+                wanted = x - rate * fraction * gpt.orthogonalize(g.lerp(mean, 0.95)[None])[0]
             assert known.double().mean() > 0.9 and (g[known] != 0).any()
             error = (after[name] - wanted)[known].abs().max() / (rate * fraction)
             assert error < 2e-3, (step, name, error)
 
 
-def test_bfloat16_learns_in_float32(whole, tmp_path):
+def test_bfloat16_learns_in_float32(base):
     """In bfloat16 what a run's last evaluation sampled is what its checkpoint samples, and small steps add up in the masters."""
-    base = tmp_path / "base"
-    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
-    flags = ["--run=dummy", "--dtype=bfloat16", "--eval-every=9", "--init-lr-frac=1"]
+    flags = [*FLAGS, "--run=dummy", "--dtype=bfloat16", "--eval-every=9", "--init-lr-frac=1"]
     assert main(base, *flags) == 0
     state = torch.load(out(base) / "optim_000002.pt", weights_only=True)
     assert {x.dtype for name in ("masters", "exp_avg", "exp_avg_sq") for x in state[name].values()} == {torch.float32}
     assert not all(torch.equal(x, x.bfloat16().float()) for x in state["masters"].values())
     assert main(base, *flags, f"--model-tag={out(base)}", "--max-steps=0") == 0
-    again, = (base / "chatrl_checkpoints" / "evaluations").rglob("samples_*.jsonl")
-    assert lines(again) == samples(base, 2) != samples(base, 0)
+    assert samples(base, 0, "evaluations/adder") == samples(base, 2) != samples(base, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,82 +329,52 @@ def test_bfloat16_learns_in_float32(whole, tmp_path):
 
 
 def test_weights_and_biases_is_told_all(whole):
-    """The run with its flags, each line of metrics.jsonl as it stands there, every completion of an evaluation, the end."""
-    recorded = Recorder()
-    recorded.calls = whole.calls
-    begun, = recorded.told("init")
-    assert (begun["name"], begun["resume"], begun["dir"]) == ("recorded", "allow", str(out(whole.base)))
-    assert len(begun["id"]) >= 8 and begun["config"]["temperature"] == TEMPERATURE and begun["config"]["seed"] == SEED
-    logged = recorded.told("log")
-    assert [line for line in logged if "samples" not in line] == whole.metrics
-    tables = [line for line in logged if "samples" in line]
-    assert [table["step"] for table in tables] == [0, 1, 2] and all(len(table) == 2 for table in tables)
-    for table in tables:
-        rows = samples(whole.base, table["step"])
-        assert table["samples"].to_dict("records") == [
-            {**row, "completions": text, "scores": score, "rewards": reward}
-            for row in rows for text, score, reward in zip(row["completions"], row["scores"], row["rewards"])]
-    assert recorded.calls[0][0] == "init" and [name for name, _ in recorded.calls].index("finish") == len(recorded.calls) - 1
+    """The run with its flags, each line of metrics.jsonl as it stands there, the end."""
+    assert (whole.begun["name"], whole.begun["resume"], whole.begun["dir"]) == ("recorded", "allow", str(out(whole.base)))
+    assert len(whole.begun["id"]) >= 8 and whole.begun["config"]["temperature"] == TEMPERATURE and whole.begun["config"]["seed"] == SEED
+    assert whole.logged == whole.metrics and whole.calls[-1] == call.init().finish()
 
 
-def test_a_resumed_run_keeps_its_wandb_id(whole, recorder, tmp_path):
+def test_a_resumed_run_keeps_its_wandb_id(whole, wandb, tmp_path):
     """It goes on under the id that it had, and ends like a run that was never stopped; a new run has an id of its own."""
     base = Path(shutil.copytree(whole.base, tmp_path / "base"))
-    conftest.cut_back(base, 1, "caller")
-    recorder.calls.clear()
-    assert main(base, "--resume") == 0
-    first, (again,) = whole.calls[0][1], recorder.told("init")
-    assert again["id"] == first["id"]
-    assert [untimed(line) for line in recorder.told("log") if "reward" in line] == [untimed(whole.steps[1])]
-    assert [untimed(line) for line in lines(out(base) / "metrics.jsonl")] == [untimed(line) for line in whole.metrics]
-    saved = torch.load(out(base) / "model_000002.pt", weights_only=True)
-    assert all(torch.equal(x, whole.states[2][name]) for name, x in saved.items())
+    cut_back(base, 1)
+    wandb.reset_mock()
+    assert main(base, *FLAGS, "--resume") == 0
+    assert wandb.init.call_args.kwargs["id"] == whole.begun["id"]
+    assert [untimed(line) for line in logged(wandb) if "reward" in line] == [untimed(whole.steps[1])]
+    assert_same_run(base, whole.base, step=2)
     assert json.loads((out(base) / "run.json").read_text())["flags"]["seed"] == SEED
-    recorder.calls.clear()
-    assert main(base, "--max-steps=0") == 0
-    assert recorder.told("init")[0]["id"] != first["id"]
+    assert main(base, *FLAGS, "--max-steps=0") == 0
+    assert wandb.init.call_args.kwargs["id"] != whole.begun["id"]
 
 
-@pytest.mark.parametrize("broken", ["log", "Table", "finish"])
-def test_weights_and_biases_fails_in_mid_run(base, monkeypatch, capsys, broken):
-    """W&B that fails at a second log, a table or the end costs one warning, and nothing else."""
-    wandb, calls, lost = MagicMock(name="wandb"), [], ConnectionResetError("Connection lost")
-
-    def log(*args: Any, **more: Any) -> None:
-        calls.append(args)
-        if len(calls) > 1:
-            raise lost
-
-    for place in (wandb, wandb.init.return_value):
-        if broken != "Table":               # a service that has died stays dead
-            place.finish.side_effect = lost
-        if broken == "log":
-            place.log.side_effect = log
-    if broken == "Table":
-        wandb.Table.side_effect = RuntimeError("no table")
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_weights_and_biases_fails_in_mid_run(base, monkeypatch, capfd, broken):
+    """W&B that fails at a second log or the end costs one warning, and nothing else."""
+    wandb, lost = MagicMock(name="wandb"), ConnectionResetError("Connection lost")
+    wandb.init.return_value.finish.side_effect = lost   # a service that has died stays dead
+    if broken == "log":
+        wandb.init.return_value.log.side_effect = [None, *[lost] * 99]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    status = conftest.main(base, *SMALL, "--eval-every=1", "--save-every=1", "--run=x")
-    text, error = capsys.readouterr()
-    assert status == 0, error
+    assert main(base, *FLAGS) == 0
+    text, error = capfd.readouterr()
     warnings = [line for line in (text + error).splitlines() if re.search("W&B|wandb|Weights", line)]
-    assert len(warnings) == 1 and not re.search(r"\bspace\b", warnings[0]), text + error
-    assert [line["step"] for line in conftest.metrics(base) if "reward" in line] == [0, 1, 2] and conftest.weights(base, 3)
-    assert wandb.init.called and str(conftest.out(base)) in text
+    assert len(warnings) == 1 and "Connection lost" in warnings[0], text + error
+    assert [line["step"] for line in metrics(base) if "reward" in line] == [0, 1] and weights(base, 2)
+    assert wandb.init.called and str(out(base)) in text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Signals
 
 
-def test_second_signal_has_a_second_of_grace(whole, tmp_path, monkeypatch):
+def test_second_signal_has_a_second_of_grace(base, monkeypatch):
     """One Ctrl-C that arrives twice still lets the run save; one that comes more than a second later does not."""
-    base, now, exits = tmp_path / "base", [], []
-    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
-    clock, save = time.monotonic, gpt.save_checkpoint
+    now, exits, clock, save = [], [], time.monotonic, gpt.save_checkpoint
 
     def interrupted(reference: str, text: str) -> float:
-        path = out(base) / "metrics.jsonl"
-        if not now and path.exists() and any("reward" in line for line in lines(path)):             # in the second step
+        if not now and (out(base) / "metrics.jsonl").exists() and last_step(base) == 0:     # in the second step
             now.append(clock())
             os.kill(os.getpid(), signal.SIGINT)
         return grader(reference, text)
@@ -463,20 +390,24 @@ def test_second_signal_has_a_second_of_grace(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(gpt, "save_checkpoint", interrupted_save)
     use_script(monkeypatch, interrupted)
-    assert main(base, "--run=dummy", "--save-every=9", "--eval-every=9") == 128 + signal.SIGINT
+    assert main(base, *FLAGS, "--run=dummy", "--save-every=9", "--eval-every=9") == 128 + signal.SIGINT
     assert exits == [None, 128 + signal.SIGTERM, None] and gpt.checkpoint_steps(out(base)) == [1]
 
 
-def test_a_signal_in_an_evaluation_begins_no_step(whole, tmp_path, monkeypatch, capsys):
-    """Ranks that got none would otherwise sample a whole step before they hear of it."""
-    base = tmp_path / "base"
-    shutil.copytree(whole.base / "chatsft_checkpoints", base / "chatsft_checkpoints")
-
+@pytest.mark.parametrize("number, before, status", [
+    (signal.SIGTERM, signal.SIG_DFL, 128 + signal.SIGTERM), (signal.SIGHUP, signal.SIG_DFL, 128 + signal.SIGHUP),
+    (signal.SIGHUP, signal.SIG_IGN, 0)], ids=["SIGTERM", "SIGHUP", "nohup"])
+def test_a_signal_in_an_evaluation_begins_no_step(base, monkeypatch, capfd, number, before, status):
+    """Ranks that got none would otherwise sample a whole step before they hear of it. What is ignored stays ignored."""
     def interrupted(reference: str, text: str) -> float:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return grader(reference, text)
 
-    monkeypatch.setattr(chat_rl, "step", None)
     use_script(monkeypatch, interrupted)
-    assert main(base, "--run=dummy") == 128 + signal.SIGTERM
-    assert not (out(base) / "metrics.jsonl").exists() and "interrupted after step 0" in capsys.readouterr().out
+    if status:
+        monkeypatch.setattr(chat_rl, "step", None)
+    kept = signal.signal(number, before)
+    assert main(base, *FLAGS, "--run=dummy") == status
+    signal.signal(number, kept)
+    assert (out(base) / "metrics.jsonl").exists() == (not status)
+    assert ("interrupted after step 0" in capfd.readouterr().out) == bool(status)

@@ -14,11 +14,12 @@ import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from conftest import SHAPE, Touch, chat, logits_of, tiny_model
 
 import gpt
+from chat_rl import byte_tokenizer
+from reference import write_checkpoint
 
 GENERATIONS = ("classic", "winter", "spring", "current")
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -28,22 +29,6 @@ def encoding(letters: int, first: int, names: list[str]) -> tiktoken.Encoding:
     special = {f"<|{name}|>": first + i for i, name in enumerate(names)}
     ranks = {bytes([i]): i for i in range(letters)}
     return tiktoken.Encoding("e", pat_str="(?s:.)", special_tokens=special, mergeable_ranks=ranks)
-
-
-def byte_tokenizer() -> gpt.Tokenizer:
-    return gpt.Tokenizer(encoding(256, 256, gpt.Tokenizer.SPECIAL))
-
-
-@pytest.fixture
-def tokenizer() -> gpt.Tokenizer:
-    return byte_tokenizer()
-
-
-def write_checkpoint(folder: Path, state: dict[str, Tensor], config: dict) -> None:
-    """The files of step 7 as nanochat writes them, with a tokenizer of bytes."""
-    torch.save(state, folder / "model_000007.pt")
-    (folder / "meta_000007.json").write_text(json.dumps({"model_config": config, "step": 7}))
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(byte_tokenizer().encoding))
 
 
 # The calculator and the tokenizer
@@ -224,8 +209,8 @@ def test_checkpoint_holds_nothing_twice(tmp_path):
 def test_older_layouts(tmp_path):
     """torch.compile's prefix of keys is taken off; tables may have exactly vocab_size rows, as until December 2025."""
     state = tiny_model("classic").state_dict()
-    write_checkpoint(tmp_path, {"_orig_mod." + key: x[:265] if len(x) == 320 else x for key, x in state.items()}, SHAPE)
-    model, _ = gpt.load_checkpoint(tmp_path)
+    write_checkpoint(tmp_path / "d", {"_orig_mod." + key: x[:265] if len(x) == 320 else x for key, x in state.items()}, SHAPE)
+    model, _ = gpt.load_checkpoint(tmp_path / "d")
     assert set(model.stored_types) == set(model.state_dict()) == set(state)
     assert model.lm_head.weight.shape == (265, 64) and logits_of(model, model(torch.tensor([[264]]))).shape == (1, 1, 265)
 

@@ -1,17 +1,14 @@
 """Questions: where they come from, what is put around them, what is left out, and what is refused."""
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SHARED, chat
+from conftest import chat, shared
 
 import chat_rl
 import gpt
@@ -36,13 +33,6 @@ def write(path: Path, rows: list, encoding: str = "utf-8") -> Path:
 def folder(path: Path, **splits: list) -> Path:
     for name, rows in splits.items():
         write(path / f"{name}.jsonl", rows)
-    return path
-
-
-def shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
     return path
 
 
@@ -115,34 +105,6 @@ def test_gsm8k_has_nanochats_test_order(load):
     assert [x.question for x in tests[""]] == list(rows["question"])
 
 
-def test_math_is_all_subjects_less_math_500(load, monkeypatch):
-    """12,500 problems of seven subjects, train and test, without the 500 that are tested."""
-    def hub() -> dict:
-        return {"test": [{"problem": problem, "solution": "1"} for problem in ("algebra test 1", "geometry train 0")]}
-
-    def subject(name: str) -> dict:
-        return {split: [{"problem": f"{name} {split} {i}", "solution": "3"} for i in range(3)] for split in ("train", "test")}
-
-    monkeypatch.setitem(chat_rl.MADE, "HuggingFaceH4/MATH-500", hub)
-    names = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-    for name in names:
-        monkeypatch.setitem(chat_rl.MADE, f"EleutherAI/hendrycks_math:{name}", lambda name=name: subject(name))
-    train, tests = load("math")
-    problems = {x.question.removesuffix(BOX_MATH) for x in train}
-    assert len(problems) == 40 and not problems & {"algebra test 1", "geometry train 0"} and len(tests[""]) == 2
-    assert {problem.split()[0] for problem in problems} == set(names)
-
-
-def test_a_lambda_as_data_and_a_lambda_as_grader(load, monkeypatch):
-    """A row of each table; what is loaded pickles all the same, and a prefill is shown to any function."""
-    monkeypatch.setitem(chat_rl.MADE, "words", lambda: {"train": [{"question": "a", "answer": "b"}], "test": GSM8K})
-    monkeypatch.setitem(chat_rl.GRADERS, "ends", lambda reference, text: float(text.endswith(reference)))
-    monkeypatch.setitem(TASKS, "words", dict(data="words", grader="ends", prefill="So: "))
-    train, tests = pickle.loads(pickle.dumps(load("words")))
-    assert (train[0].question, train[0].references, train[0].opening) == ("a", ["b"], "So: ")
-    assert len(tests[""]) == 12 and chat_rl.GRADERS[train[0].grader]("b", train[0].opening + "b") == 1
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -189,17 +151,6 @@ def test_tests_are_shuffled_the_same_way_however_their_place_is_spelled(load, tm
     assert [x.question for x in load("jsonl", "made", max_steps=0)[1][""]] == expected
 
 
-def test_files_are_utf_8_whatever_the_locale(tmp_path):
-    write(tmp_path / "rows.jsonl", [{"prompt": "Combien coûte 1 €?", "answer": "1"}])
-    write(tmp_path / "shots.json", [[{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]])
-    code = ("import chat_rl; from chat_rl import *; f = Flags(**TASKS['jsonl'], eval_data='rows.jsonl', few_shot='shots.json', max_steps=0);"
-            "x = load_task(f, byte_tokenizer(), 999)[1][''][0]; assert x.question.endswith('co\\xfbte 1 \\u20ac?'), x;"
-            "assert 'O\\xf9?'.encode() in bytes(t for t in x.prompt if t < 256)")
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("name, content, words", [
     ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n\n{"prompt": "?", "answer": 2\n{"prompt": "?", "answer": 3}\n', ["line 3 ", "rows.jsonl"]),
     ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n{"prompt": "\xff"}\n', ["rows.jsonl", "utf-8"]),
@@ -244,12 +195,14 @@ def test_a_configuration_and_a_split_of_the_hub(load, monkeypatch):
 # What is put around a question
 
 
-def test_flags_override_a_row(load, tokenizer, tmp_path):
+@pytest.mark.parametrize("system, before", [("Be brief.", []), ("", [SYSTEM])])
+def test_flags_override_a_row(load, tokenizer, tmp_path, system, before):
+    """The system text may be a flag or the first of the few-shot messages."""
     rows = [{"q": "Why {x}?", "meta": {"a": {"b": 5}}, "question": "no", "answer": "no"}] * 3
-    flags = dict(prompt_key="q", answer_key="meta.a.b", system="Be brief.", suffix=r" \boxed{}", prefill="So ", grader="number")
-    shots = tmp_path / "shots.json"
-    shots.write_text(json.dumps(SHOTS))
-    train, tests = load("think", folder(tmp_path / "data", train=rows, test=rows), few_shot=str(shots), **flags)
+    flags = dict(prompt_key="q", answer_key="meta.a.b", suffix=r" \boxed{}", prefill="So ", grader="number")
+    shots, data = tmp_path / "shots.json", folder(tmp_path / "data", train=rows, test=rows)
+    shots.write_text(json.dumps([*before, *SHOTS]))
+    train, tests = load("think", data, few_shot=str(shots), system=system, **flags)
     prompt = tokenizer.render([SYSTEM, *SHOTS, *chat(r"Why {x}? \boxed{}")]) + tokenizer.encode("So ")
     assert [(x.prompt, x.references, x.grader) for x in train + tests[""]] == [(prompt, ["5"], "number")] * 6
 
@@ -281,66 +234,60 @@ def test_a_raw_prompt_is_encoded_with_its_special_tokens(examples_of, tokenizer)
 @pytest.mark.parametrize("question, prefill, opening", [
     ("A", "", ""), ("A<think>\n", "", "<think>"), ("A", "<think>\n", "<think>\n"), ("A<think>\n", "So, ", "<think>So, "),
     ("A<think></think>", "", ""), ("<think>A", "", "")])
-def test_what_the_prompt_holds_of_the_reply(examples_of, tokenizer, question, prefill, opening):
-    """A grader that looks for marks sees it; one that compares all that was said does not."""
+def test_what_the_prompt_holds_of_the_reply(examples_of, tokenizer, monkeypatch, question, prefill, opening):
+    """A grader that looks for marks sees it, and so does any function; one that compares all that was said does not."""
     flags = dict(prefill=prefill, raw_prompt=True)
-    marked, = examples_of([{"prompt": question, "answer": "5"}], grader="tagged-number", **flags)
-    exact, = examples_of([{"prompt": question, "answer": "5"}], grader="exact", **flags)
-    assert (marked.opening, exact.opening) == (opening, "")
-    assert marked.prompt == exact.prompt == tokenizer.encode(question + prefill)
+    monkeypatch.setitem(chat_rl.GRADERS, "any", lambda reference, text: 1.0)
+    for grader, shown in (("tagged-number", opening), ("any", opening), ("exact", "")):
+        example, = examples_of([{"prompt": question, "answer": "5"}], grader=grader, **flags)
+        assert (example.opening, example.prompt) == (shown, tokenizer.encode(question + prefill))
 
 
-def test_there_is_one_system_text(load, tmp_path):
-    """A few-shot file's and --system together are refused, and both named."""
-    shots = tmp_path / "shots.json"
-    shots.write_text(json.dumps([SYSTEM, *SHOTS]))
-    data = folder(tmp_path / "data", train=GSM8K, test=GSM8K)
-    text = refusal(load, "think", data, few_shot=str(shots))
-    assert "--system" in text and "--few-shot" in text and "system system user" in text
-    assert len(load("think", data, few_shot=str(shots), system="")[0]) == 12
-
-
-@pytest.mark.parametrize("content", ["[", "{}", '["a"]', '[{"role": "user", "content": "?"}]', '[{"role": "assistant"}]',
-                                     '[{"role": "assistant", "content": 5}]', "\xff", None])
-def test_a_few_shot_file_that_is_none_is_refused(load, tmp_path, content):
+@pytest.mark.parametrize("content, words", [
+    *((text.encode("latin-1"), ["few-shot"]) for text in (
+        "{}", '["a"]', '[{"role": "user", "content": "?"}]', '[{"role": "assistant"}]', '[{"role": "assistant", "content": 5}]')),
+    (b"[", ["shots.json"]), (b"\xff", ["shots.json"]), (None, ["shots.json"]),
+    (json.dumps([SYSTEM, *SHOTS]).encode(), ["--system", "--few-shot", "system system user"])])
+def test_a_few_shot_file_that_is_none_is_refused(load, tmp_path, content, words):
+    """So is a second system text."""
     path = tmp_path / "shots.json"
     if content is not None:
-        path.write_bytes(content.encode("latin-1"))
-    text = refusal(load, "gsm8k", folder(tmp_path / "data", train=GSM8K, test=GSM8K), few_shot=str(path))
-    assert "shots.json" in text or "--few-shot" in text
+        path.write_bytes(content)
+    text = refusal(load, "think", folder(tmp_path / "data", train=GSM8K, test=GSM8K), few_shot=str(path))
+    assert all(word in text for word in words), text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is left out, and what is refused
 
 
-def test_rows_without_an_answer_that_can_be_read_are_left_out(load, tmp_path, capsys):
+def test_rows_without_an_answer_that_can_be_read_are_left_out(load, tmp_path, capfd):
     """Counted in a line; the others keep their numbers."""
     bad = {2: {"answer": "none"}, 3: {"answer": None}, 5: {"answer": ""}, 6: {"answer": [" ", None]}, 8: {"question": None}}
     rows = [{**row, **bad.get(i, {})} for i, row in enumerate(GSM8K)] + [{"question": "?"}, {"answer": "#### 1"}]
     train, tests = load("gsm8k", folder(tmp_path, train=rows, test=[{"question": "?", "answer": ["none", "#### 3"]}]))
     assert tests[""][0].references == ["#### 3"]
     assert sorted(x.index for x in train) == [i for i in range(12) if i not in bad]
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("\n") == 1 and said.startswith("7 of 14 questions in train of")
     assert load("gsm8k", tmp_path, grader="exact", eval_data=str(write(tmp_path / "blank.jsonl", [
         {"question": "?", "answer": [" ", "", "8"]}, {"question": "?", "answer": "\n"}])))[1][""][0].references == ["8"]
 
 
-def test_what_is_too_long_is_left_out(examples_of, tokenizer, capsys):
+def test_what_is_too_long_is_left_out(examples_of, tokenizer, capfd):
     """The prefill counts."""
     rows = [{"prompt": "a" * n, "answer": "1"} for n in (5, 6, 7)]
     limit = len(tokenizer.render(chat("a" * 6))) + 3
     assert [x.index for x in examples_of(rows, limit=limit, prefill="abc")] == [0, 1]
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "2 of 3 questions" in said and f"1 are longer than {limit} tokens" in said
-    assert "3 are longer than 5 tokens" in refusal(examples_of, rows, limit=5)
+    said = capfd.readouterr().out
+    assert said.count("\n") == 1 and "2 of 3 questions" in said and f"1 are longer than the {limit} tokens" in said
+    assert "3 are longer than the 5 tokens" in refusal(examples_of, rows, limit=5)
 
 
-def test_references_that_are_words_are_counted(examples_of, capsys):
+def test_references_that_are_words_are_counted(examples_of, capfd):
     rows = [{"prompt": "?", "answer": answer} for answer in (r"\boxed{the red one}", r"\boxed{2}", [r"\boxed{two of them}", "3"])]
-    assert len(examples_of(rows)) == 3 and "1 have one that counts in the same words only" in capsys.readouterr().out
-    assert len(examples_of(rows, grader="exact")) == 3 and capsys.readouterr().out == ""
+    assert len(examples_of(rows)) == 3 and "1 have one that counts in the same words only" in capfd.readouterr().out
+    assert len(examples_of(rows, grader="exact")) == 3 and capfd.readouterr().out == ""
 
 
 def test_where_no_row_has_an_answer_the_columns_are_named(examples_of):
@@ -349,19 +296,15 @@ def test_where_no_row_has_an_answer_the_columns_are_named(examples_of):
         assert all(word in text for word in ("0 of 12", "prompt, answer", "--prompt-key", "--answer-key", "--grader"))
 
 
-@pytest.mark.parametrize("answer", [{"a": 1}, True, ["1", ["2"]], ["1", False], {}])
-def test_what_is_no_reference_is_refused_by_row(examples_of, answer):
-    text = refusal(examples_of, [JSONL[0], {"prompt": "?", "answer": answer}, JSONL[2]])
-    assert "row 1 of test of" in text and "rows.jsonl" in text and "--answer-key" in text
-
-
-@pytest.mark.parametrize("prompt", [
-    SHOTS, [SYSTEM], [SYSTEM, SYSTEM, *chat("?")], [{"role": "", "content": "?"}], [{"role": "tool", "content": "?"}],
-    [{"content": "?"}], [{"role": "user"}], [{"role": "user", "content": 5}], [{"role": "user", "content": None}], ["?"],
-    {"role": "user"}, 5, True])
-def test_what_is_no_question_is_refused_by_row(examples_of, prompt):
-    text = refusal(examples_of, [JSONL[0], {"prompt": prompt, "answer": "1"}, JSONL[2]])
-    assert "row 1 of test of" in text and "rows.jsonl" in text and "--prompt-key" in text and "the user's last" in text
+@pytest.mark.parametrize("row, flag", [
+    *(({"prompt": "?", "answer": answer}, "--answer-key") for answer in ({"a": 1}, True, ["1", ["2"]], ["1", False], {})),
+    *(({"prompt": prompt, "answer": "1"}, "--prompt-key") for prompt in (
+        SHOTS, [SYSTEM], [SYSTEM, SYSTEM, *chat("?")], [{"role": "", "content": "?"}], [{"role": "tool", "content": "?"}],
+        [{"content": "?"}], [{"role": "user"}], [{"role": "user", "content": 5}], [{"role": "user", "content": None}], ["?"],
+        {"role": "user"}, 5, True))])
+def test_what_is_no_question_or_no_reference_is_refused_by_row(examples_of, row, flag):
+    text = refusal(examples_of, [JSONL[0], row, JSONL[2]])
+    assert all(word in text for word in ("row 1 of test of", "rows.jsonl", flag, "the user's last")), text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,11 +343,11 @@ def test_an_evaluation_needs_no_training_questions(load, tmp_path):
         assert train == [] and len(tests["gsm8k"]) == 12
 
 
-def test_questions_in_both_are_counted(load, tmp_path, capsys):
+def test_questions_in_both_are_counted(load, tmp_path, capfd):
     load("jsonl", folder(tmp_path, train=JSONL[:8], test=JSONL[6:]))
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert said.count("\n") == 1 and said.startswith("2 test questions in") and "training questions too" in said
     load("jsonl", write(tmp_path / "one.jsonl", JSONL))         # a file is all there is
-    assert capsys.readouterr().out.startswith("12 test questions in")
+    assert capfd.readouterr().out.startswith("12 test questions in")
     load("jsonl", folder(tmp_path / "other", train=JSONL[:6], test=JSONL[6:]))
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""

@@ -32,8 +32,9 @@ def apply(diffs: list[str], text: str) -> str:
 
 
 def test_there_are_seven_experiments():
-    """README shows another grader, two rewards, z-scored advantages, a schedule, a new task and a KL penalty."""
+    """README shows another grader, two rewards, z-scored advantages, a schedule, a KL penalty, and a new task, which is a row."""
     assert len(EXPERIMENTS) == 7 and all(EXPERIMENTS.values())
+    assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) == 1
 
 
 def norms(base: Path) -> list[float]:
@@ -55,38 +56,12 @@ def test_experiment_runs(title, base, tmp_path, plain_norms):
     script.parent.mkdir()
     shutil.copy(ROOT / "gpt.py", script.parent)
     script.write_text(apply(EXPERIMENTS[title], (ROOT / "chat_rl.py").read_text()))
-    if title == "A new task":
-        data = base / "my_folder"
-        data.mkdir()
-        for split in ("train", "test"):
-            rows = [{"instruction": f"What is {i} + {i + 1}?", "output": f"So\n#### {2 * i + 1}"} for i in range(10, 30)]
-            (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        run(base, *FLAGS, "--task=mine", script=script)
-        assert len(norms(base)) == 3
-    else:
-        run(base, *FLAGS, script=script)
-        assert len(norms(base)) == 3 and norms(base) != plain_norms
-
-
-def test_kl_penalty_has_the_gradient_of_the_divergence():
-    """Over one token, the expected gradient of d²/2 is that of KL(π‖π₀); that of e^−d + d − 1 is the other divergence's."""
-    generator = torch.Generator().manual_seed(0)
-    start, theta = torch.randn(2, 5, dtype=torch.float64, generator=generator)
-    theta.requires_grad_()
-
-    def gradient(value: Callable) -> torch.Tensor:
-        return torch.autograd.grad(value(theta.log_softmax(0), start.log_softmax(0)), theta)[0]
-
-    sampled = theta.detach().softmax(0)                 # what is expected is over these
-    mine = gradient(lambda p, q: (sampled * (p - q) ** 2 / 2).sum())
-    other = gradient(lambda p, q: (sampled * ((q - p).exp() - 1 - (q - p))).sum())
-    torch.testing.assert_close(mine, gradient(lambda p, q: (p.exp() * (p - q)).sum()))
-    torch.testing.assert_close(other, gradient(lambda p, q: (q.exp() * (q - p)).sum()))
-
-
-def test_new_task_is_a_row():
-    """A task takes a line."""
-    assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) == 1
+    for split in ("train", "test"):
+        rows = [{"instruction": f"What is {i} + {i + 1}?", "output": f"So\n#### {2 * i + 1}"} for i in range(10, 30)]
+        (base / "my_folder").mkdir(exist_ok=True)
+        (base / "my_folder" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(base, *FLAGS, *["--task=mine"] * (title == "A new task"), script=script)
+    assert len(norms(base)) == 3 and norms(base) != plain_norms
 
 
 def test_flags_that_readme_names_are_there():

@@ -2,19 +2,15 @@
 import json
 import math
 import os
-import pickle
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.image
 import pytest
-import tiktoken
 import torch
-from conftest import ROOT, SMALL, chat, copies, main, metrics, run, run_alone, samples, untimed, weights
+from conftest import ROOT, SMALL, chat, distance, edited, environment, main, metrics, out, run, samples, untimed, weights
 
 import chat_rl
 import gpt
@@ -22,169 +18,187 @@ import gpt
 # Some groups of every step have something to learn.
 LIVELY = [*SMALL, "--examples-per-step=16", "--num-samples=12", "--eval-examples=7"]
 
+# A task of functions, put above what runs the file.
+MINE = """
+MADE["pairs"] = lambda: {"train": [{"q": f"{i} + 1", "a": i + 1} for i in range(20)], "test": [{"q": "5 + 5", "a": 10}] * 3}
+GRADERS["last"] = lambda reference, text: float(text[-1:] in "13579" or text.endswith(reference))
+TASKS["mine"] = dict(data="pairs", grader="last", prompt_key="q", answer_key="a")
+
+if __name__ == "__main__":"""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run gives
 
 
-def test_same_completions_in_any_batch_and_on_any_ranks(base):
-    """1, 7 or all rows at once, on 1 rank or on 2 with an odd number of questions, sample the same completions in training
-    and evaluation."""
-    sizes = {"one": 1, "seven": 7, "all": 10_000, "ranks": 7}
-    copies(base, *sizes)
-    for tag, size in sizes.items():
-        flags = [*LIVELY, f"--model-tag={tag}", f"--rollout-batch-size={size}", "--device-batch-size=5", "--max-steps=2",
-                 "--examples-per-step=15"]
-        if tag == "ranks":
-            run(base, *flags, ranks=2)
-        else:
-            assert main(base, *flags) == 0
-    whole = metrics(base, "all")
-    assert len(whole) == 4 and sum(line.get("grad_norm", 0) > 0 for line in whole) == 2
-    for tag in sizes:
-        for step in (0, 2):
-            assert samples(base, step, tag) == samples(base, step, "all")
-        for mine, other in zip(metrics(base, tag), whole, strict=True):
-            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
-            for key in ("reward", "completion_length", "truncated", "all_wrong", "pass@1", "pass@5", "greedy"):
-                assert mine.get(key) == other.get(key)
+def test_any_batch_and_any_ranks_give_the_same_run(base, tmp_path):
+    """Whatever runs at once, on 1 rank, on 2 with an odd number of questions, or on more than there are questions: the same
+    completions in training and evaluation; and the same metrics and weights to rounding. Lambdas cross to the ranks."""
+    script = tmp_path / "edited.py"
+    script.write_text((ROOT / "chat_rl.py").read_text().replace('\nif __name__ == "__main__":', MINE))
+    shutil.copy(ROOT / "gpt.py", tmp_path)
+    start = weights_of(base, "chatsft_checkpoints/adder/model_000150.pt")
+    flags = [*LIVELY, "--task=mine", "--examples-per-step=3", "--eval-examples=3", "--max-steps=2", "--updates-per-rollout=2",
+             "--init-lr-frac=0.5"]
+    runs = {"all": (0, 10_000, 8), "ones": (0, 1, 1), "two": (2, 24, 5), "four": (4, 7, 3)}
+    for name, (ranks, rollout_size, device_size) in runs.items():
+        run(base, *flags, f"--name={name}", f"--rollout-batch-size={rollout_size}", f"--device-batch-size={device_size}",
+            ranks=ranks, script=script)
+    wanted, moved = metrics(base, "all"), weights_of(base, "chatrl_checkpoints/all/model_000002.pt") - start
+    assert [line["grad_norm"] > 0 for line in wanted if "reward" in line] == [True, True]
+    for name in runs:
+        for step, kind in ((0, ""), (0, "_train"), (2, "")):
+            assert samples(base, step, name, kind) == samples(base, step, "all", kind)
+        for mine, other in zip(metrics(base, name), wanted, strict=True):
+            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5) and mine.get("sampler_gap", 0) < 1e-5
+        assert distance(weights_of(base, f"chatrl_checkpoints/{name}/model_000002.pt") - start, moved) < 2e-3
 
 
-STEP_KEYS = ["step", "reward", "all_right", "all_wrong", "completion_length", "truncated", "entropy", "grader_timeouts",
-             "grad_norm", "advantage_tokens", "updates_left_out", "sampler_gap", "ratio_max", "approx_kl",
-             "clip_fraction", "lr_fraction", "rollout_seconds", "update_seconds", "tokens_per_second"]
+def weights_of(base: Path, name: str) -> torch.Tensor:
+    """Those of the blocks, which are float32."""
+    state = torch.load(base / name, weights_only=True)
+    return torch.cat([x.flatten() for key, x in state.items() if key.startswith("transformer.h.")])
 
 
-def test_what_a_run_writes(base, capsys, pictures):
-    """Checkpoints that load here, with the SFT checkpoint's keys, shapes and types, metrics, samples and a curve."""
-    model, tokenizer = gpt.load_checkpoint(base / "chatsft_checkpoints" / "adder")
-    model.stored_types = {key: torch.bfloat16 for key in model.state_dict() if "wte" in key or "value_embeds" in key}
-    gpt.save_checkpoint(base / "chatsft_checkpoints" / "gpu", 5, model, model.state_dict(), tokenizer)
-    flags = ["--model-tag=gpu", "--max-steps=4", "--save-every=3", "--eval-every=2", "--eval-samples=4"]
-    assert main(base, *LIVELY, *flags) == 0
-    printed, out = capsys.readouterr().out, base / "chatrl_checkpoints" / "gpu"
-    saved = {name.format(step) for step in (3, 4)
-             for name in ("model_00000{}.pt", "meta_00000{}.json", "optim_00000{}.pt")}
-    assert {path.name for path in out.iterdir()} == saved | {
-        "tokenizer.pkl", "metrics.jsonl", "curve.png", "run.json", "chat_rl.py", "gpt.py",
-        *(f"samples_00000{step}.jsonl" for step in (0, 2, 4)), *(f"samples_00000{step}_train.jsonl" for step in (0, 2))}
-    assert (out / "chat_rl.py").read_text() == (ROOT / "chat_rl.py").read_text()
-    assert json.loads((out / "run.json").read_text())["flags"]["max_steps"] == 4
-    assert matplotlib.image.imread(out / "curve.png").std() > 0
-    assert "before " in printed and "after " in printed and str(out) in printed
-
-    lines = metrics(base, "gpu")
-    assert [("reward" in line, line["step"]) for line in lines] == [
+def test_what_a_run_writes(base, capfd):
+    """Checkpoints with the SFT checkpoint's keys, shapes and types, metrics, samples, a curve, the scripts and the flags."""
+    assert main(base, *LIVELY, "--max-steps=4", "--save-every=3", "--eval-every=2", "--eval-samples=4") == 0
+    printed, folder = capfd.readouterr().out, out(base)
+    assert {path.name for path in folder.iterdir()} == {
+        *(name.format(step) for step in (3, 4) for name in ("model_00000{}.pt", "meta_00000{}.json", "optim_00000{}.pt")),
+        *(f"samples_00000{step}.jsonl" for step in (0, 2, 4)), *(f"samples_00000{step}_train.jsonl" for step in (0, 2)),
+        "tokenizer.pkl", "metrics.jsonl", "curve.png", "run.json", "chat_rl.py", "gpt.py"}
+    for name in ("chat_rl.py", "gpt.py"):
+        assert (folder / name).read_text() == (ROOT / name).read_text()
+    assert json.loads((folder / "run.json").read_text())["flags"]["max_steps"] == 4
+    assert "before " in printed and "after " in printed and str(folder) in printed
+    assert [("reward" in line, line["step"]) for line in metrics(base)] == [
         (False, 0), (True, 0), (True, 1), (False, 2), (True, 2), (True, 3), (False, 4)]
-    steps = [line for line in lines if "reward" in line]
-    assert all(sorted(line) == sorted(STEP_KEYS) for line in steps)
-    assert [line["lr_fraction"] for line in steps] == [0.02 * x for x in (1.0, 0.75, 0.5, 0.25)]
-    for line in steps:
-        assert line["sampler_gap"] < 1e-5 and line["entropy"] > 0
-        assert 0 <= line["truncated"] <= 1 <= line["completion_length"] <= 6
-        assert 0 <= line["reward"] <= 1 and line["all_right"] + line["all_wrong"] < 1 and line["grad_norm"] > 0
-    for line in lines:
-        if "greedy" in line:
-            rows = samples(base, line["step"], "gpu")
-            assert [sorted(row) for row in rows] == [["completions", "data", "question", "reference", "rewards", "scores"]] * 7
-            assert all(len(row["completions"]) == 4 and row["rewards"] == row["scores"] for row in rows)
-            right = [row["completions"].count(row["reference"]) for row in rows]
-            assert right == [sum(row["rewards"]) for row in rows]
-            for k in range(1, 5):
-                scores = [chat_rl.pass_at_k(4, n, k) for n in right]
-                expected = statistics.mean(scores), statistics.stdev(scores) / len(scores) ** 0.5
-                assert (line[f"pass@{k}"], line[f"pass@{k}_error"]) == pytest.approx(expected)
-            assert "pass@5" not in line and "greedy_error" in line
-
-    first = torch.load(base / "chatsft_checkpoints" / "gpu" / "model_000005.pt", weights_only=True)
-    last = weights(base, 4, "gpu")
+    first, last = (torch.load(path, weights_only=True) for path in (
+        base / "chatsft_checkpoints" / "adder" / "model_000150.pt", folder / "model_000004.pt"))
     assert [(key, x.dtype, x.shape) for key, x in first.items()] == [(key, x.dtype, x.shape) for key, x in last.items()]
-    assert first["transformer.wte.weight"].dtype == torch.bfloat16
     assert not torch.equal(first["lm_head.weight"], last["lm_head.weight"])
-    for step in (3, 4):
-        again = gpt.load_checkpoint(out, step)[1]
-        assert again.render(chat("1 + 1")) == tokenizer.render(chat("1 + 1"))
-    assert json.loads((out / "meta_000004.json").read_text())["model_config"] == model.raw_config
+    for place, step in ((folder, 3), (folder, 4), (base / "chatsft_checkpoints" / "adder", 150)):
+        model, tokenizer = gpt.load_checkpoint(place, step)
+        assert tokenizer.decode(tokenizer.render(chat("1 + 1"))).endswith("1 + 1<|user_end|><|assistant_start|>")
+        assert model.raw_config["n_embd"] == 64
 
 
-EVALUATION = "evaluations/adder"
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_second_run_keeps_the_first(base, capsys):
-    """The earlier folder is moved to previous/<tag>-<n>, and said so; the first evaluation is the same every time."""
-    out = base / "chatrl_checkpoints"
-    assert main(base, *SMALL, "--max-steps=1") == 0
-    assert {path.name for path in out.iterdir()} == {"adder", ".adder.lock"}
-    first = metrics(base)
-    assert len(first) == 3 and first[0]["step"] == 0 and "previous" not in capsys.readouterr().out
-    for n, flags in ((1, ["--matrix-lr=1"]), (2, ["--temperature=0.5"])):
-        kept = {path.name: path.read_bytes() for path in (out / "adder").iterdir()}
-        assert main(base, *SMALL, "--max-steps=1", *flags) == 0
-        place = out / "previous" / f"adder-{n}"
-        assert {path.name: path.read_bytes() for path in place.iterdir()} == kept
-        assert str(place) in capsys.readouterr().out
-        assert metrics(base)[0] == first[0] and metrics(base)[1:] != first[1:]
-    assert main(base, *SMALL, "--max-steps=1", "--seed=1") == 0
-    assert metrics(base)[0] != first[0]
-
-
-def test_an_evaluation_moves_nothing(base, capsys):
-    """--max-steps=0 writes to evaluations/<tag> what the first evaluation of a run is, and touches no run."""
-    out = base / "chatrl_checkpoints"
-    assert main(base, *SMALL, "--max-steps=1") == 0
-    kept, first = {path: path.read_bytes() for path in (out / "adder").iterdir()}, metrics(base)
-    for flags in ([], ["--temperature=0.5"], ["--seed=1"]):
+def test_a_second_run_keeps_the_first(base, capfd):
+    """An earlier run of the name is moved to previous/, which is said; an evaluation alone goes to evaluations/ and touches
+    no run. The first evaluation is the same every time, but for another seed."""
+    place = base / "chatrl_checkpoints"
+    assert main(base, *SMALL, "--max-steps=1") == 0 and "previous" not in capfd.readouterr().out
+    kept, first = contents(out(base)), metrics(base)
+    for flags in ([], ["--seed=1"]):
         assert main(base, *SMALL, "--max-steps=0", *flags) == 0
-        assert {path.name for path in (out / EVALUATION).iterdir()} == {"metrics.jsonl", "samples_000000.jsonl", "curve.png"}
-        line, = metrics(base, EVALUATION)
-        assert (line == first[0]) == ("--seed=1" not in flags)
-        assert str(out / EVALUATION) in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in (out / "adder").iterdir()} == kept and not (out / "previous").exists()
+        line, = metrics(base, "evaluations/adder")
+        assert (untimed(line) == untimed(first[0])) == (not flags)
+        assert str(place / "evaluations" / "adder") in capfd.readouterr().out
+    assert {path.name for path in place.iterdir()} == {"adder", ".adder.lock", "evaluations"} and contents(out(base)) == kept
+    assert main(base, *SMALL, "--max-steps=1", "--temperature=0.5") == 0
+    earlier, = (place / "previous").iterdir()
+    assert contents(earlier) == kept and earlier.name.startswith("adder-") and str(earlier) in capfd.readouterr().out
+    assert untimed(metrics(base)[0]) == untimed(first[0]) and metrics(base)[1:] != first[1:]
 
 
 def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
-    """A folder with a model and its tokenizer inside runs from anywhere, and its name becomes the tag."""
-    folder = tmp_path / "elsewhere" / "published-model"
+    """A folder with a model and its tokenizer inside runs from anywhere, its name becomes the run's, and it is left alone, as
+    is a run's own folder."""
+    folder = tmp_path / "elsewhere" / "published"
     shutil.copytree(base / "chatsft_checkpoints" / "adder", folder)
     shutil.rmtree(base / "chatsft_checkpoints")
-    before = sorted(folder.iterdir())
-    assert main(base, *SMALL, f"--model-tag={folder}", "--max-steps=1") == 0
-    assert len(metrics(base, "published-model")) == 3 and weights(base, 1, "published-model")
-    assert sorted(folder.iterdir()) == before
     monkeypatch.chdir(folder)
-    assert main(base, *SMALL, "--model-tag=.", "--max-steps=0") == 0 and len(metrics(base, "evaluations/published-model")) == 1
+    for tag, place, name in ((folder, folder, "published"), (out(base, "published"), out(base, "published"), "published-2"),
+                             (".", folder, "evaluations/published")):
+        before = contents(place)
+        assert main(base, *SMALL, f"--model-tag={tag}", f"--max-steps={int('eval' not in name)}") == 0
+        assert contents(place) == before and (out(base, name) / "metrics.jsonl").exists()
 
 
 def test_the_default_tag_is_the_largest(base):
     """Without --model-tag the largest d<N> is taken, by number; without any the newest folder."""
     flags = [flag for flag in SMALL if "tag" not in flag] + ["--max-steps=0"]
-    copies(base, "older")
-    os.utime(base / "chatsft_checkpoints" / "older", (1, 1))
-    assert main(base, *flags) == 0 and metrics(base, EVALUATION)
-    copies(base, "d9", "d12-long")
+    adder, *others = [base / "chatsft_checkpoints" / tag for tag in ("adder", "older", "d9", "d12-long")]
+    shutil.copytree(adder, others[0])
+    os.utime(others[0], (1, 1))
+    assert main(base, *flags) == 0 and metrics(base, "evaluations/adder")
+    for other in others[1:]:
+        shutil.copytree(adder, other)
     assert main(base, *flags) == 0 and metrics(base, "evaluations/d12-long")
 
 
-@pytest.mark.parametrize("more", [{"WANDB_MODE": "offline"}, {"WANDB_MODE": "online", "WANDB_API_KEY": "bad"}],
-                         ids=["offline", "no account"])
-def test_weights_and_biases(base, more):
-    """W&B keeps an offline run in the run's folder; one that cannot be used warns, and the run goes on."""
-    start = run_alone if more["WANDB_MODE"] == "offline" else run
-    done = start(base, *SMALL, "--max-steps=1", "--run=x", HOME=str(base), **more)
-    assert len(metrics(base)) == 3 and weights(base, 1)
-    kept = list((base / "chatrl_checkpoints" / "adder").glob("wandb/offline-run-*/*.wandb"))
-    assert (len(kept), done.stdout.count("warning: no W&B")) == ((1, 0) if "bad" not in more.values() else (0, 1))
+def test_a_run_as_users_start_it(base):
+    """Files are UTF-8 whatever the locale, and W&B keeps an offline run in the run's folder."""
+    (base / "tests.jsonl").write_text('{"question": "Combien coûte 1 €?", "answer": 1}', "utf-8")
+    (base / "shots.json").write_text('[{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]', "utf-8")
+    flags = [*SMALL, "--max-steps=1", "--run=x", "--eval-data=tests.jsonl", "--few-shot=shots.json"]
+    env = environment(base, HOME=str(base), WANDB_MODE="offline", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert samples(base, 0)[0]["question"] == "Combien coûte 1 €?" and "Combien" in done.stdout
+    assert len([*out(base).glob("wandb/offline-run-*/*.wandb")]) == 1 and "warning: no W&B" not in done.stdout
+
+
+def test_without_an_account_at_weights_and_biases_it_warns(base):
+    done = run(base, *SMALL, "--max-steps=1", "--run=x", HOME=str(base), WANDB_MODE="online", WANDB_API_KEY="bad")
+    assert len(metrics(base)) == 3 and weights(base, 1) and done.stdout.count("warning: no W&B") == 1
+
+
+STDOUT = "sys.stdout = sys.__stdout__ = open(1, 'w', encoding='utf-8', closefd=False); "
+NO_TERMINAL = {
+    "ascii": STDOUT.replace("utf-8", "ascii"),
+    "closed": "os.close(1); sys.stdout = sys.__stdout__ = None",
+    "full": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); " + STDOUT,
+    "pipe": "ends = os.pipe(); os.dup2(ends[1], 1); [os.close(end) for end in ends]; " + STDOUT}
+
+
+@pytest.mark.parametrize("kind", NO_TERMINAL)
+def test_no_terminal(base, kind):
+    """A run ends and saves where stdout is ASCII, closed, a full disk or a pipe that nobody reads."""
+    done = run(base, *SMALL, "--max-steps=1", script=edited(base, NO_TERMINAL[kind]))
+    assert done.stderr == "" and weights(base, 1) and len(metrics(base)) == 3
+    assert ("pass@1" in done.stdout) == (kind == "ascii")
+
+
+# Rank 1 takes half a second longer to sample than rank 0, which takes longer than that to save.
+SLOW_RANK = """
+generate, save = gpt.generate, torch.save
+
+def slow_generate(*args, **more):
+    time.sleep(0.5 * int(os.environ["RANK"]))
+    return generate(*args, **more)
+
+def slow_save(*args, **more):
+    time.sleep(0.4)
+    return save(*args, **more)
+
+gpt.generate, torch.save = slow_generate, slow_save
+"""
+
+
+def test_tokens_per_second_of_many_ranks(base):
+    """The tokens of all ranks are divided by the time of the slowest, also where rank 0 comes later, from a save."""
+    run(base, *SMALL, "--max-steps=2", "--save-every=1", script=edited(base, SLOW_RANK), ranks=2)
+    lines = [line for line in metrics(base) if "reward" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["tokens_per_second"] <= line["completion_length"] * 8 * 8 / 0.5 * 1.01, line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
-def refusal(base: Path, capsys, *flags: str) -> str:
+def refusal(base: Path, capfd, *flags: str) -> str:
     """The one line with which a run is refused, having written nothing."""
-    capsys.readouterr()
+    capfd.readouterr()
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
-    status, text = main(base, *flags), capsys.readouterr().err
+    status, text = main(base, *flags), capfd.readouterr().err
     assert status == 2 and text.count("\n") == 1 and text.endswith("\n"), text
     assert {path: path.stat().st_mtime_ns for path in base.rglob("*")} == before
     return text
@@ -201,12 +215,13 @@ def refusal(base: Path, capsys, *flags: str) -> str:
     *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "1.5", "0.2,0.3")),
     ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
     ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
+    *[("--device-type=cuda", ["--device-type"])] * (not torch.cuda.is_available()),
     ("--task=chess", ["chess", "gsm8k"]), ("--grader=vibes", ["vibes", "boxed-math"]),
     ("--chat-template-kwargs={}x", ["--chat-template-kwargs"]), ("--chat-template=x", ["--chat-template"])],
     ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_flags(base, capsys, flag, words):
+def test_bad_flags(base, capfd, flag, words):
     """A flag that is out of range, or names what is not there, ends the run with status 2 and one line that says so."""
-    text = refusal(base, capsys, *SMALL, flag)
+    text = refusal(base, capfd, *SMALL, flag)
     assert all(word in text for word in words), text
 
 
@@ -216,141 +231,55 @@ def test_clips_are_read(given, bounds):
     assert chat_rl.bounds_of(flags) == pytest.approx(bounds)
 
 
-@pytest.mark.parametrize("argv, kind, saved, wanted", [
-    ([], "nanochat", {}, dict(task="gsm8k", grader="number", data="openai/gsm8k:main", matrix_lr=0.02, top_k=50, grad_clip=0)),
-    ([], "huggingface", {}, dict(task="gsm8k-boxed", grader="boxed-number", top_k=0, grad_clip=1, lr_schedule="constant")),
-    (["--lora-rank=4"], "huggingface", {}, dict(matrix_lr=1e-4, top_k=0)),
-    (["--lora-rank=4", "--matrix-lr=3"], "nanochat", {}, dict(matrix_lr=3, init_lr_frac=1, task="gsm8k")),
-    (["--task=think", "--system=x"], "nanochat", {}, dict(grader="tagged-number", system="x")),
-    ([], "starter", {}, dict(task="arithmetic", num_samples=4, data="sums")),
-    (["--num-samples=6"], "starter", dict(num_samples=8, seed=7), dict(num_samples=6, seed=7, matrix_lr=0.25)),
-    (["--task=math"], "nanochat", dict(task="think", system="y", grader="exact", seed=7),
-     dict(grader="boxed-math", prompt_key="problem", system="", seed=7)),
-    (["--task=think"], "nanochat", dict(task="think", system="y"), dict(system="y"))])
-def test_what_wins(argv, kind, saved, wanted):
-    """Given > the run that goes on > the task > the kind of model > Flags; another task brings its own defaults along."""
-    flags = asdict(chat_rl.settle_flags(argv, kind, saved))
+@pytest.mark.parametrize("argv, kind, wanted", [
+    ([], "nanochat", dict(task="gsm8k", grader="number", data="openai/gsm8k:main", matrix_lr=0.02, top_k=50, grad_clip=0)),
+    ([], "huggingface", dict(task="gsm8k-boxed", grader="boxed-number", top_k=0, grad_clip=1, lr_schedule="constant")),
+    (["--lora-rank=4"], "huggingface", dict(matrix_lr=1e-4, top_k=0)),
+    (["--lora-rank=4", "--matrix-lr=3"], "nanochat", dict(matrix_lr=3, init_lr_frac=1, task="gsm8k")),
+    (["--task=think", "--system=x"], "nanochat", dict(grader="tagged-number", system="x")),
+    ([], "starter", dict(task="arithmetic", num_samples=4, data="sums")),
+    (["--num-samples=8", "--seed=7", "--num-samples=6"], "starter", dict(num_samples=6, seed=7, matrix_lr=0.25)),
+    (["--task=think", "--suffix=y", "--seed=7", "--task=math"], "nanochat",
+     dict(grader="boxed-math", prompt_key="problem", system="", suffix="y", seed=7))])
+def test_what_wins(argv, kind, wanted):
+    """What is given, the later before the earlier > the task > the kind of model > Flags."""
+    flags = asdict(chat_rl.settle_flags(argv, kind))
     assert {key: flags[key] for key in wanted} == wanted
 
 
-def test_help_shows_every_flag():
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
-    assert done.returncode == 0 and done.stderr == ""
-    for name in asdict(chat_rl.Flags()):
-        assert "--" + name.replace("_", "-") in done.stdout, name
-    assert "sample from the k likeliest tokens" in done.stdout
+def test_help_shows_every_flag(base, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(base, "--help") == 0
+    said, error = capfd.readouterr()
+    assert error == "" and "sample from the k likeliest tokens" in said
+    assert [name for name in asdict(chat_rl.Flags()) if "--" + name.replace("_", "-") not in said] == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
-def test_no_such_device(base, capsys):
-    """A device that is not there is refused."""
-    assert "--device-type" in refusal(base, capsys, *SMALL, "--device-type=cuda")
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "model_000150.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-def make_foreign(folder: Path) -> None:
-    path = folder / "model_000150.pt"
-    torch.save({**torch.load(path, weights_only=True), "bigram_embed.weight": torch.zeros(1)}, path)
-
-
-def swap_tokenizer(folder: Path) -> None:
-    special = {f"<|{name}|>": 400 + i for i, name in enumerate(gpt.Tokenizer.SPECIAL)}
-    ranks = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding("e", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
-
-
-@pytest.mark.parametrize("damage, words", [
-    (truncate, ["model_000150.pt"]), (make_foreign, ["model_000150.pt", "bigram_embed.weight"]),
-    (swap_tokenizer, ["409", "265"]),
-    (lambda folder: (folder / "tokenizer.pkl").unlink(), ["tokenizer.pkl"]),
-    (lambda folder: (folder / "meta_000150.json").write_text("{"), ["meta_000150.json"]),
-    (lambda folder: (folder / "meta_000150.json").unlink(), ["adder"])],
-    ids=["truncated", "foreign", "vocabulary", "no tokenizer", "broken meta", "no meta"])
-def test_bad_checkpoint(base, capsys, damage, words):
-    """A checkpoint that is broken or foreign is refused by the file's name."""
-    folder = base / "chatsft_checkpoints" / "adder"
-    damage(folder)
-    text = refusal(base, capsys, *SMALL)
-    assert all(word in text for word in words), text
-
-
-def test_output_that_cannot_be_written(base, capsys):
-    """Where the output folder cannot be made the run ends before it begins."""
+def test_bad_checkpoint_and_bad_folder(base, capfd):
     (base / "chatrl_checkpoints").write_text("in the way")
-    assert "chatrl_checkpoints" in refusal(base, capsys, *SMALL)
-
-
-def test_more_ranks_than_questions(base):
-    """A rank without a question of its own, or without a group of a part, goes through the motions."""
-    copies(base, "two")
-    flags = [*LIVELY, "--examples-per-step=3", "--updates-per-rollout=2", "--eval-examples=1", "--max-steps=2"]
-    assert main(base, *flags) == 0
-    run(base, *flags, "--model-tag=two", ranks=4)
-    for mine, other in zip(metrics(base, "two"), metrics(base), strict=True):
-        assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
-    assert sum(line.get("grad_norm", 0) > 0 for line in metrics(base)) == 2
+    assert str(base / "chatrl_checkpoints") in refusal(base, capfd, *SMALL)
+    path = base / "chatsft_checkpoints" / "adder" / "model_000150.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert path.name in refusal(base, capfd, *SMALL)
 
 
 def test_what_is_amiss_is_said_once(base):
     """Not by every rank."""
     done = run(base, *SMALL, "--task=chess", ranks=2, status=None)
-    assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: --task chess") == 1
+    assert done.returncode != 0 and (done.stdout + done.stderr).count("chat_rl: invalid choice 'chess'") == 1
     assert not (base / "chatrl_checkpoints").exists()
 
 
-def test_half_an_environment_of_torchrun_is_said(base):
-    done = run_alone(base, *SMALL, status=2, RANK="0")
-    assert done.stderr == "chat_rl: RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: start with torchrun, or unset RANK\n"
-
-
-def test_functions_as_task_cross_to_ranks(base, tmp_path):
-    """A lambda as a grader and a lambda as a task's data work with torchrun as with python."""
-    script = tmp_path / "edited.py"
-    script.write_text((ROOT / "chat_rl.py").read_text().replace('\nif __name__ == "__main__":', """
-MADE["pairs"] = lambda: {"train": [{"q": f"{i} + 1", "a": i + 1} for i in range(20)], "test": [{"q": "5 + 5", "a": 10}] * 3}
-GRADERS["last"] = lambda reference, text: float(text[-1:] in "13579" or text.endswith(reference))
-TASKS["mine"] = dict(data="pairs", grader="last", prompt_key="q", answer_key="a")
-
-if __name__ == "__main__":"""))
-    shutil.copy(ROOT / "gpt.py", tmp_path)
-    copies(base, "two")
-    flags = [*LIVELY, "--task=mine"]
-    run(base, *flags, script=script)
-    run(base, *flags, "--model-tag=two", script=script, ranks=2)
-    assert any(line.get("reward") for line in metrics(base))
-    for mine, other in zip(metrics(base, "two"), metrics(base), strict=True):
-        assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5)
-
-
-def test_two_seeds_at_once(base):
-    """--name gives each its folder; a run that begins from a result leaves it alone."""
-    for seed in (1, 2):
-        assert main(base, *SMALL, "--max-steps=1", f"--seed={seed}", f"--name=seed{seed}") == 0
-    assert metrics(base, "seed1")[0] != metrics(base, "seed2")[0]
-    folder = base / "chatrl_checkpoints" / "seed1"
-    kept = {path: path.read_bytes() for path in folder.iterdir()}
-    assert main(base, *SMALL, f"--model-tag={folder}", "--max-steps=1") == 0
-    assert {path: path.read_bytes() for path in folder.iterdir()} == kept and weights(base, 1, "seed1-2")
-
-
-def test_evaluation_at_another_temperature(base):
-    """--eval-temperature is that of the samples, not of the greedy answers, and not of training."""
-    for name, flags in (("one", []), ("cold", ["--eval-temperature=0.01"]), ("warm", ["--temperature=3"])):
-        assert main(base, *SMALL, "--max-steps=1", f"--name={name}", *flags) == 0
-    one, cold, warm = (metrics(base, name)[0] for name in ("one", "cold", "warm"))
-    assert cold["pass@1"] == pytest.approx(cold["greedy"], abs=0.07) and one == warm and cold["greedy"] == one["greedy"]
+def test_half_an_environment_of_torchrun_is_said(base, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert refusal(base, capfd, *SMALL) == (
+        "chat_rl: RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: start with torchrun, or unset RANK\n")
 
 
 def test_keep_last_counts_weights(base):
     """It bounds whole checkpoints; without it all weights stay, and the last two states."""
     flags = [*SMALL, "--max-steps=5", "--save-every=1", "--eval-every=9", "--eval-samples=1"]
-    for name, keep, models, states in (("all", 0, [1, 2, 3, 4, 5], [4, 5]), ("two", 2, [4, 5], [4, 5]), ("one", 1, [5], [5])):
+    for name, keep, models, states in (("all", 0, [1, 2, 3, 4, 5], [4, 5]), ("one", 1, [5], [5])):
         assert main(base, *flags, f"--name={name}", f"--keep-last={keep}") == 0
-        folder = base / "chatrl_checkpoints" / name
-        assert gpt.checkpoint_steps(folder) == models and len([*folder.glob("model_*")]) == len(models)
-        assert [int(path.stem[-6:]) for path in sorted(folder.glob("optim_*"))] == states
+        assert gpt.checkpoint_steps(out(base, name)) == models and len([*out(base, name).glob("model_*")]) == len(models)
+        assert [int(path.stem[-6:]) for path in sorted(out(base, name).glob("optim_*"))] == states
