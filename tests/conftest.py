@@ -3,8 +3,10 @@ import atexit
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -146,6 +148,30 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
+def on_ranks(size: int, work: Callable, *args: Any) -> None:
+    """Does work(ranks, *args) on so many ranks, in forks of this process."""
+    def rank(number: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(number), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        work(gpt.start_ranks("cpu"), *args)
+        torch.distributed.destroy_process_group()
+
+    port = free_port()
+    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(size)]
+    for process in processes:
+        process.start()
+    assert [process.join(120) or process.exitcode for process in processes] == [0] * size
+
+
+def refusal(call: Callable, *args: Any, **more: Any) -> str:
+    """The one line that it is refused with."""
+    with pytest.raises(gpt.UserError) as refused:
+        call(*args, **more)
+    text = str(refused.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
 class Touch:
     """Makes a file when it is unpickled by a careless unpickler."""
 
@@ -278,6 +304,17 @@ def run(base: Path, *flags: str, ranks: int = 0, script: Path = ROOT / "chat_rl.
     done = subprocess.CompletedProcess([str(script), *flags], max(statuses, key=abs), *texts)
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can be larger than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def edited(base: Path, code: str) -> Path:

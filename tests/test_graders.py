@@ -1,4 +1,4 @@
-"""Graders: what scores what, MATH-500 and AIME against themselves, hostile text, and the process that compares expressions."""
+"""Graders: what scores what, MATH-500 against itself, hostile text, and the process that compares expressions."""
 import json
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import chat_rl
-from chat_rl import GRADERS, expression, last_answer, last_box, literal, math_server, same_math, same_value
+from chat_rl import GRADERS, expression, last_answer, last_box, math_server, same_math, same_value
 from conftest import ROOT, shared, wait_for
 
 HANGS = r"9^{9^{9^9}}"              # expression() refuses it: same_value must be asked itself
@@ -110,7 +110,7 @@ BOXED = {
   (r"\frac12", r"\dfrac{1}{2}"), (r"\frac12", "0.5"), ("0.5", r"\dfrac{1}{2}"), (r"\frac12", "1/2"), (r"\frac12", r"\tfrac 12"), (r"-\frac12", r"\frac{-1}{2}"), (r"1\frac12", "1.5"),
   ("(1, 2)", "(1,2)"), ("(1,2)", r"\left(1,2\right)"), ("1,2", "2,1"), ("1,2", r"\{1,2\}"), ("1,2", "1 and 2"), (r"\pm 2", "2,-2"), (r"90^\circ", r"90^{\circ}"), ("90", r"90\text{ degrees}"),
   ("x=5", "x = 5"), ("1,2", "x=1,x=2"), ("y=2x+1", "2x-y+1=0"), (r"\text{B}", "B"), ("B", r"\text{B}"), (r"\text{(B)}", r"\text{B}"), ("B", "b"), ("10", r"10\%"), (r"10\%", "10%"), (r"\$10", "10"),
-  ("1000", "1,000"), ("1000", "1{,}000"), ("1000", r"1,\!000"), ("1000", "10^3"), ("104", "104."), ("25", "025"), ("25", "25.0"), ("25", r"\text{25}"), ("25", r"\boxed{25}"), ("25", "$25$"), (r"5\text{ cm}", "5"),
+  ("1000", "1,000"), ("1000", "1{,}000"), ("1000", r"1,\!000"), ("1000", "10^3"), ("104", "104."), ("25", "025"), ("025", "n = 25"), ("25", "25.0"), ("25", r"\text{25}"), ("25", r"\boxed{25}"), ("25", "$25$"), (r"5\text{ cm}", "5"),
   ("5", r"5\text{ cm}^2"), ("3x+2", "2+3x"), ("(x+1)^2", "x^2+2x+1"), (r"\sqrt{8}", r"2\sqrt2"), (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"), ("2^{2005}", r"2\cdot 2^{2004}"), ("252", r"\binom{10}{5}"), ("120", "5!"),
   ("2", "1+1"), (r"\pi", "3.14159265"), (r"x\in[1,2]", "[1,2]"), (r"1\le x\le 2", "[1,2]"), ("[1,2]", r"1\le x\le 2"), (r"(-\infty,3)", "x<3"), ("4210_{5}", "4210_5"), ("4210_5", "4210"), ("3+4i", "4i+3"),
   (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}")]),
@@ -131,7 +131,7 @@ THOUGHTS = [  # grader, reference, text, score
  ("number", "5", "<think>#### 5", 0), ("number", "5", "<think>\nso #### 5", 0), ("number", "5", "<think>#### 4</think>#### 5", 1), ("number", "5", "<think>#### 5</think>#### 4", 0),
  ("boxed-number", "5", r"<think>\boxed{5}", 0), ("boxed-number", "5", r"<think>\boxed{4}</think>\boxed{5}", 1), ("boxed-number", "5", r"<think>\boxed{5}</think>\boxed{4}", 0), ("boxed-math", "5", r"<think>\boxed{5}", 0), ("boxed-math", r"\frac12", r"<think>\boxed{\frac12}", 0),
  ("boxed-math", "5", r"<think>\boxed{4}</think>\boxed{5}", 1), ("boxed-math", "5", r"a</think><think>\boxed{5}", 0), ("boxed-math", "5", r"\boxed{5}<think>sure?", 1), ("boxed-math", "5", r"\boxed{4}<think>\boxed{5}", 0), ("tagged-number", "5", "<think><answer>5</answer>", 0), ("tagged-number", "5", "<think>the <answer> goes last</think><answer>5</answer>", 1),
- ("tagged-number", "5", "<think><answer>5</answer></think>", 0), ("tagged-number", "5", "<think>a</think><answer>5</answer>", 1), ("exact", "5", "<think>5", 0), ("exact", "5", "<think>a</think>5", 1), ("exact", "-5", "−5", 1), ("boxed-number", "5", r"<think>\boxed{5}</think>The answer is 5.", 1),
+ ("tagged-number", "5", "<think><answer>5</answer></think>", 0), ("tagged-number", "5", "<think>a</think><answer>5</answer>", 1), ("exact", "5", "<think>5", 0), ("exact", "5", "<think>a</think>5", 1), ("exact", "-5", "−5", 1), ("exact", "18", " 18", 0), ("exact", "18", "18.0", 0), ("exact", "18", "", 0), ("exact", "18", "１８", 1), ("boxed-number", "5", r"<think>\boxed{5}</think>The answer is 5.", 1),
 ]
 
 
@@ -154,17 +154,6 @@ def test_numbers(name, form):
 @pytest.mark.parametrize("name, reference, text, score", THOUGHTS)
 def test_thoughts(name, reference, text, score):
     assert GRADERS[name](reference, text) == score
-
-
-@pytest.mark.parametrize("text, score", [("18", 1), (" 18", 0), ("18.0", 0), ("", 0), ("\u2212\uff11\uff18", 0), ("\uff11\uff18", 1)])
-def test_exact(text, score):
-    assert GRADERS["exact"]("18", text) == GRADERS["exact"](text, "18") == score
-
-
-def test_which_look_for_marks_and_which_references_are_words():
-    assert [name for name, grader in GRADERS.items() if not grader.marks] == ["exact"]
-    assert literal(r"\boxed{\text{Evelyn}}") and literal("June 20")
-    assert not literal("18") and not literal(r"\text{(B)}") and not literal("")
 
 
 @pytest.mark.parametrize("name", sorted(GRADERS))
@@ -194,15 +183,6 @@ def test_math500_against_itself():
             assert grade(reference, boxed(row["answer"])) == grade(reference, row["solution"]) == 1, row
         assert grade(row["answer"], boxed(after["answer"])) == (row["answer"] == after["answer"] or row["answer"] == "5" and after["answer"] == "x=5"), row
     assert same_math.timeouts == 0
-
-
-def test_aime_against_itself():
-    test, grade = rows("aime24"), GRADERS["boxed-math"]
-    for row, after in zip(test, test[1:] + test[:1]):
-        for form in ("{}", "{}.", "n = {}", "{}.0"):
-            assert grade(row["answer"], boxed(form.format(row["answer"]))) == 1
-        assert grade(row["answer"], boxed(str(int(row["answer"])))) == 1
-        assert grade(row["answer"], boxed(after["answer"])) == (row["answer"] == after["answer"])
 
 
 def test_what_stands_in_a_box_or_an_answer():

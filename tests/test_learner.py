@@ -1,12 +1,10 @@
 """What learns: Muon and AdamW by hand, and weights, masters and averages that are held once over all ranks."""
-import multiprocessing
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import cpu_learner, distance, free_port, state_of, tiny_model, weights_of
+from conftest import cpu_learner, distance, on_ranks, state_of, tiny_model, weights_of
 
 import gpt
 
@@ -95,7 +93,7 @@ def models(kind: str) -> gpt.GPT:
     return model
 
 
-def learn(kind: str, dtype: torch.dtype, ranks: gpt.Ranks, folder: Path, begin: int, end: int) -> None:
+def learn(ranks: gpt.Ranks, kind: str, dtype: torch.dtype, folder: Path, begin: int, end: int) -> None:
     """Three updates of each rank's gradient, from what is saved if there is any; rank 0 saves the end."""
     model = models(kind) if ranks.rank == 0 else None
     learner, path = gpt.Learner(model, ranks, dtype, Rates(0.1, 0.1, 0.1, 0.1)), folder / "state.pt"
@@ -114,39 +112,19 @@ def learn(kind: str, dtype: torch.dtype, ranks: gpt.Ranks, folder: Path, begin: 
                    folder / "end.pt")
 
 
-def rank(kind: str, dtype: torch.dtype, number: int, size: int, port: int, folder: Path, *steps: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(number), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    learn(kind, dtype, gpt.start_ranks("cpu"), folder, *steps)
-    torch.distributed.destroy_process_group()
-
-
-def on_ranks(kind: str, dtype: torch.dtype, size: int, folder: Path, *steps: int) -> dict:
-    folder.mkdir(exist_ok=True)
-    if size == 1:
-        learn(kind, dtype, gpt.Ranks(torch.device("cpu")), folder, *steps)
-    else:
-        context, port = multiprocessing.get_context("fork"), free_port()
-        processes = [context.Process(target=rank, args=(kind, dtype, i, size, port, folder, *steps)) for i in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * size
-    return torch.load(folder / "end.pt")
-
-
 @pytest.mark.parametrize("kind", ["nanochat", "huggingface", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_number_of_ranks_is_one(tmp_path, kind, dtype):
     """On 1, 2 and 4 ranks, and on 4 after a stop on 2, the same weights come out to rounding; after a stop on as many, bit for
     bit. The ranks' shares of masters and averages add up to those of one."""
-    one = on_ranks(kind, dtype, 1, tmp_path / "one", 0, 4)
-    two, four = (on_ranks(kind, dtype, size, tmp_path / str(size), 0, 4) for size in (2, 4))
-    on_ranks(kind, dtype, 2, tmp_path / "stopped", 0, 2)
-    resumed = on_ranks(kind, dtype, 2, tmp_path / "stopped", 2, 4)
-    on_ranks(kind, dtype, 2, tmp_path / "other", 0, 2)
-    moved = on_ranks(kind, dtype, 4, tmp_path / "other", 2, 4)
+    def end_of(name: str, *parts: tuple[int, int, int]) -> dict:
+        (tmp_path / name).mkdir()
+        for size, *steps in parts:
+            on_ranks(size, learn, kind, dtype, tmp_path / name, *steps)
+        return torch.load(tmp_path / name / "end.pt")
+
+    one, two, four = (end_of(str(size), (size, 0, 4)) for size in (1, 2, 4))
+    resumed, moved = (end_of(f"2, {size}", (2, 0, 2), (size, 2, 4)) for size in (2, 4))
     start = models(kind).state_dict()
     for name, x in one["weights"].items():
         assert x.dtype == dtype and torch.equal(resumed["weights"][name], two["weights"][name])

@@ -1,6 +1,4 @@
 """The formula in memory.py against the peaks of small models on a CPU, on one rank and on more."""
-import multiprocessing
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +7,7 @@ from typing import Callable
 import numpy
 import pytest
 import torch
-from conftest import completion, cpu_learner, example, free_port, state_of
+from conftest import completion, cpu_learner, example, on_ranks, state_of
 from memory import Job, held, sampling, stages, training
 
 import chat_rl
@@ -56,11 +54,10 @@ def sampled(job: Job, model: gpt.GPT, questions: int, samples: int, top_k: int) 
     return peak_of(lambda: gpt.generate(model, endless, prompts, samples, job.new, policy))
 
 
-def measure(job: Job, number: int, port: int, file: Path) -> None:
+def measure(ranks: gpt.Ranks, job: Job, file: Path) -> None:
     """On a rank: bytes of what it holds, by part, and the peaks of what it does."""
-    os.environ.update(RANK=str(number), WORLD_SIZE=str(job.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks, model = gpt.start_ranks("cpu"), model_of(job)
-    learner = gpt.Learner(None if number else model, ranks, model.dtype, chat_rl.Flags())
+    model = model_of(job)
+    learner = gpt.Learner(None if ranks.rank else model, ranks, model.dtype, chat_rl.Flags())
     kinds = ["masters", "exp_avg", "exp_avg_sq"][job.itemsize == 4 :]
     parts = {
         "weights": sum(p.nbytes for p in learner.model.parameters() if p.requires_grad),
@@ -78,19 +75,14 @@ def measure(job: Job, number: int, port: int, file: Path) -> None:
     found = ranks.gather((parts, peaks))
     if found:
         torch.save(found, file)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind,itemsize,size", [("llama", 2, 2), ("qwen2", 4, 1), ("nanochat", 4, 4), ("adapters", 4, 2)])
 def test_what_ranks_take(tmp_path, kind, itemsize, size):
     """Each part and each peak is what the formula says; all ranks' masters and averages are together those of one."""
     job = Job(CONFIGS[kind], itemsize, size, **SMALL)
-    context, port, file = multiprocessing.get_context("fork"), free_port(), tmp_path / "found"
-    processes = [context.Process(target=measure, args=(job, i, port, file)) for i in range(size)]
-    for process in processes:
-        process.start()
-    assert [process.join(120) or process.exitcode for process in processes] == [0] * size
-    parts, peaks = zip(*torch.load(file))
+    on_ranks(size, measure, job, tmp_path / "found")
+    parts, peaks = zip(*torch.load(tmp_path / "found"))
     whole = held(replace(job, ranks=1))["masters and averages"]
     assert sum(part["masters and averages"] for part in parts) == whole
     shares = [part.pop("masters and averages") for part in parts]

@@ -70,16 +70,6 @@ def test_cache_with_groups_and_dropped_rows(generation):
         assert len(rows) == 1
 
 
-def test_logits_of_padded_tables():
-    """Logits are float32, within the softcap, and cut back from the padded rows to the vocabulary."""
-    model = tiny_model()
-    with torch.no_grad():
-        model.lm_head.weight *= 1000
-    logits = logits_of(model, model(torch.tensor([[1, 2, 3]])))
-    assert logits.shape == (1, 3, 265) and model.lm_head.weight.shape == (320, 64)
-    assert logits.dtype == torch.float32 and 14 < logits.abs().max() <= 15
-
-
 @torch.inference_mode()
 def test_prefill_in_pieces_is_prefill_at_once(monkeypatch):
     """However few tokens may run at once, the prompts leave the same behind."""
@@ -121,30 +111,18 @@ def test_scores_with_an_offset_cost_no_precision(tokenizer, offset):
     assert (trained - sampled).abs().mean() < 0.03
 
 
-def plain_logits(model: gpt.GPT, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return logits_of(model, model(torch.tensor([ids])))[0]
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
+@torch.inference_mode()
 def test_logits_of_each_generation(tmp_path, generation):
-    """Logits are those of a plain forward in float64, beyond both windows, to float32's rounding."""
+    """Logits are those of a plain forward in float64, beyond both windows, to float32's rounding. A bfloat16 model is one to
+    its last hidden state; its logits are float32, and as close as that type comes."""
     state = random_state(generation, WINDOWED)
     write_checkpoint(tmp_path / "d4", state, WINDOWED)
     model = gpt.load_checkpoint(tmp_path / "d4")[0]
     ids = torch.randint(265, (160,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
     assert wanted.shape == (160, 265) and 5 < wanted.abs().max() < 15
-    torch.testing.assert_close(plain_logits(model, ids).double(), wanted, rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_arithmetic_in_bfloat16(tmp_path, generation):
-    """A bfloat16 model is one to its last hidden state; its logits are float32, and as close as that type comes."""
-    state = random_state(generation, WINDOWED)
-    write_checkpoint(tmp_path / "d4", state, WINDOWED)
-    model = gpt.load_checkpoint(tmp_path / "d4")[0].bfloat16()
-    ids = list(range(100, 160))
-    assert model(torch.tensor([ids])).dtype == torch.bfloat16 and plain_logits(model, ids).dtype == torch.float32
-    wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
-    assert (plain_logits(model, ids) - wanted).norm() < 0.02 * wanted.norm()
+    torch.testing.assert_close(logits_of(model, model(torch.tensor([ids])))[0].double(), wanted, rtol=0, atol=5e-5)
+    hidden = model.bfloat16()(torch.tensor([ids]))[0]
+    assert hidden.dtype == torch.bfloat16 and logits_of(model, hidden).dtype == torch.float32
+    assert (logits_of(model, hidden) - wanted).norm() < 0.02 * wanted.norm()

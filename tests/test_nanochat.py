@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SHAPE, Touch, chat, logits_of, tiny_model
+from conftest import SHAPE, Touch, chat, logits_of, refusal, tiny_model
 
 import gpt
 from chat_rl import byte_tokenizer
@@ -151,14 +151,6 @@ def edit_state(folder: Path, edit: Callable) -> None:
     torch.save(edit(torch.load(path, weights_only=True)), path)
 
 
-def refusal(*where) -> str:
-    """The message with which a checkpoint is refused: one line."""
-    with pytest.raises(gpt.UserError) as error:
-        gpt.load_checkpoint(*where)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_checkpoint_round_trip(tmp_path, generation):
     """What is saved has the keys, shapes, types and values that it has in memory, and again when it is saved again, also
@@ -225,7 +217,7 @@ def test_tokenizer_beside_or_two_folders_up(tmp_path):
     shutil.move(folder / "tokenizer.pkl", above)
     assert gpt.load_checkpoint(folder)[1].vocab_size == 265
     above.unlink()
-    assert str(above) in (text := refusal(folder)) and str(folder / "tokenizer.pkl") in text
+    assert str(above) in (text := refusal(gpt.load_checkpoint, folder)) and str(folder / "tokenizer.pkl") in text
 
 
 def test_steps_that_are_complete(tmp_path):
@@ -238,8 +230,8 @@ def test_steps_that_are_complete(tmp_path):
     assert gpt.checkpoint_steps(tmp_path) == [7, 12]
     last, first = gpt.load_checkpoint(tmp_path)[0], gpt.load_checkpoint(tmp_path, 7)[0]
     assert (last.backout_lambda - first.backout_lambda).item() == pytest.approx(1)
-    assert "step 20" in (text := refusal(tmp_path, 20)) and "7, 12" in text
-    assert "no model in" in refusal(tmp_path / "nowhere") and gpt.checkpoint_steps(tmp_path / "nowhere") == []
+    assert "step 20" in (text := refusal(gpt.load_checkpoint, tmp_path, 20)) and "7, 12" in text
+    assert "no model in" in refusal(gpt.load_checkpoint, tmp_path / "nowhere") and gpt.checkpoint_steps(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("edit, message", [
@@ -261,7 +253,7 @@ def test_foreign_state_is_refused(tmp_path, edit, message):
     """A state dict that is none of the four generations' is refused by the file's name and the key's."""
     saved(tmp_path)
     edit_state(tmp_path, edit)
-    assert message in (text := refusal(tmp_path)) and "model_000007.pt" in text
+    assert message in (text := refusal(gpt.load_checkpoint, tmp_path)) and "model_000007.pt" in text
 
 
 @pytest.mark.parametrize("damage", [
@@ -274,7 +266,7 @@ def test_damaged_file_is_refused(tmp_path, damage):
     saved(tmp_path)
     path = tmp_path / "model_000007.pt"
     path.write_bytes(damage(path.read_bytes()))
-    assert str(path) in refusal(tmp_path)
+    assert str(path) in refusal(gpt.load_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe{}", b'{"model_config": {}}', *(
@@ -284,7 +276,7 @@ def test_meta_that_is_none_is_refused(tmp_path, text):
     """A meta file that is no JSON or has another config is refused by a file's name."""
     saved(tmp_path)
     (tmp_path / "meta_000007.json").write_bytes(text)
-    assert "_000007." in refusal(tmp_path)
+    assert "_000007." in refusal(gpt.load_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("call", [os.system, eval], ids=["os.system", "eval"])
@@ -304,7 +296,7 @@ def test_no_file_can_run_code(tmp_path, name, wrap, call):
         path.write_bytes(content)
     else:
         edit_state(tmp_path, lambda state: content)
-    assert str(path) in refusal(tmp_path)
+    assert str(path) in refusal(gpt.load_checkpoint, tmp_path)
     assert not bad.path.exists()
     pickle.loads(pickle.dumps(bad))                # the plain unpickler does it
     assert bad.path.exists()
@@ -317,7 +309,7 @@ def test_foreign_tokenizer_is_refused(tmp_path, content, message):
     """A file that is no encoding with nanochat's special tokens, or one of another vocabulary, is refused by name."""
     saved(tmp_path)
     (tmp_path / "tokenizer.pkl").write_bytes(content)
-    assert str(tmp_path / "tokenizer.pkl") in (text := refusal(tmp_path)) and message in text
+    assert str(tmp_path / "tokenizer.pkl") in (text := refusal(gpt.load_checkpoint, tmp_path)) and message in text
 
 
 # Files

@@ -8,10 +8,9 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import chat, shared
+from conftest import chat, refusal, shared
 
 import chat_rl
-import gpt
 from chat_rl import BOX_MATH, BOX_NUMBER, TASKS, Example, Flags
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -52,15 +51,6 @@ def examples_of(load, tmp_path):
         tests = load(task, eval_data=str(write(tmp_path / "rows.jsonl", rows)), limit=limit, max_steps=0, **flags)[1]
         return sorted(tests[""], key=lambda example: example.index)
     return examples_of
-
-
-def refusal(call, *args, **flags) -> str:
-    """The one line that it is refused with."""
-    with pytest.raises(gpt.UserError) as refused:
-        call(*args, **flags)
-    text = str(refused.value)
-    assert "\n" not in text and len(text) < 700, text
-    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

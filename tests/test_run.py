@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def test_a_second_run_keeps_the_first(base, capfd):
     no run. The first evaluation is the same every time, but for another seed."""
     place = base / "chatrl_checkpoints"
     assert main(base, *SMALL, "--max-steps=1") == 0 and "previous" not in capfd.readouterr().out
+    (out(base) / "notes").write_text("someone's own")
     kept, first = contents(out(base)), metrics(base)
     for flags in ([], ["--seed=1"]):
         assert main(base, *SMALL, "--max-steps=0", *flags) == 0
@@ -104,6 +106,7 @@ def test_a_second_run_keeps_the_first(base, capfd):
     earlier, = (place / "previous").iterdir()
     assert contents(earlier) == kept and earlier.name.startswith("adder-") and str(earlier) in capfd.readouterr().out
     assert untimed(metrics(base)[0]) == untimed(first[0]) and metrics(base)[1:] != first[1:]
+    assert not (out(base) / "notes").exists()
 
 
 def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
@@ -133,15 +136,17 @@ def test_the_default_tag_is_the_largest(base):
 
 
 def test_a_run_as_users_start_it(base):
-    """Files are UTF-8 whatever the locale, and W&B keeps an offline run in the run's folder."""
+    """Files are UTF-8 whatever the locale, W&B keeps an offline run in the run's folder, and no time is lost with importing
+    transformers, which nanochat's models do not need."""
     (base / "tests.jsonl").write_text('{"question": "Combien coûte 1 €?", "answer": 1}', "utf-8")
     (base / "shots.json").write_text('[{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]', "utf-8")
     flags = [*SMALL, "--max-steps=1", "--run=x", "--eval-data=tests.jsonl", "--few-shot=shots.json"]
     env = environment(base, HOME=str(base), WANDB_MODE="offline", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    done = subprocess.run([sys.executable, ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "chat_rl.py", *flags], env=env, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert samples(base, 0)[0]["question"] == "Combien coûte 1 €?" and "Combien" in done.stdout
     assert len([*out(base).glob("wandb/offline-run-*/*.wandb")]) == 1 and "warning: no W&B" not in done.stdout
+    assert re.search(r"\| +torch$", done.stderr, re.M) and not re.search(r"\| +transformers$", done.stderr, re.M)
 
 
 def test_without_an_account_at_weights_and_biases_it_warns(base):

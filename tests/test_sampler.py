@@ -4,8 +4,7 @@ import math
 import numpy
 import pytest
 import torch
-from conftest import (PROMPT_LENGTHS, SHAPE, completion, generate, logits_of, policy_of, random_prompts, scripted_model,
-                      tiny_model)
+from conftest import PROMPT_LENGTHS, SHAPE, completion, generate, random_prompts, scripted_model, tiny_model
 
 import gpt
 
@@ -104,23 +103,6 @@ def test_uniform_numbers():
     assert len(set(seen)) > 0.99 * len(seen)
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (1.0, 50), (0.6, 50), (1.7, 3), (1.0, 1)])
-def test_draw_has_the_distribution(temperature, top_k):
-    """Evenly spaced numbers draw each token within one of its probability's share, with that probability's logprob."""
-    raw, n = torch.randn(265, generator=torch.Generator().manual_seed(0)) * 20, 40_000
-    policy = gpt.Policy(temperature, top_k, softcap=15.0)
-    tokens, logprobs, _ = policy.draw(raw.expand(n, -1), (torch.arange(n) + 0.5) / n)
-    tokens = tokens.long()
-    scores = 15 * torch.tanh(raw.double() / 15) / temperature
-    if top_k:
-        scores[raw < raw.sort(descending=True).values[top_k - 1]] = -torch.inf
-    p = scores.softmax(dim=-1)
-    assert (tokens.bincount(minlength=265) - p * n).abs().max() < 1.1
-    torch.testing.assert_close(logprobs, p.log().float()[tokens], rtol=0, atol=1e-5)
-    first, last = policy.draw(raw.expand(2, -1), torch.tensor([2 ** -24, 1 - 2 ** -24]))[0].long()
-    assert p[first] > 0 and p[last] > 0
-
-
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (1.0, 50), (0.6, 7), (1.7, 1), (1.0, 265), (1.0, 1000)])
 def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     """The loss's logprobs are the log-softmax over the top k at temperature, and equal the sampler's."""
@@ -134,15 +116,6 @@ def test_policy_logprobs_are_those_drawn_from(temperature, top_k):
     mine = policy.logprobs(raw, tokens)
     torch.testing.assert_close(mine, scores.log_softmax(dim=-1)[torch.arange(50), tokens], rtol=0, atol=1e-5)
     torch.testing.assert_close(mine, logprobs, rtol=0, atol=1e-5)
-
-
-def test_policy_logprobs_without_truncation_are_the_plain_softmax():
-    """At top_k 0 and temperature 1 the policy is the softmax of the model's logits."""
-    model, ids = tiny_model(), torch.tensor(random_prompts((30,)))
-    hidden = model(ids)[:, :-1]
-    mine = policy_of(model, 1.0, 0).logprobs(model.unembed(hidden), ids[:, 1:])
-    plain = logits_of(model, hidden).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(mine, plain, rtol=0, atol=1e-6)
 
 
 def test_token_outside_the_top_k_counts_as_inside():
