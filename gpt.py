@@ -221,7 +221,7 @@ class Prefix(NamedTuple):
 
 
 def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T), (B or 1, Lp + S):
+    """0 where a query sees a key (0 ≤ distance ≤ window), else −inf, given positions (B or 1, T) and (B or 1, Lp + S):
     (B or 1, 1, T, Lp + S), whose rows begin at multiples of 8, as CUDA's kernels want them."""
     width = keys.size(1)
     keys = F.pad(keys, (0, -width % 8))
@@ -657,7 +657,7 @@ class GPT(nn.Module):
         """Random matrices to train from, as large as nanochat makes them."""
         generator = torch.Generator().manual_seed(seed)
         usual = self.config.n_embd**-0.5
-        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this in them
+        stds = {"c_proj": 0.0, "wte": 0.8, "lm_head": 0.001, "c_fc": 0.4 * usual, "": usual}  # of names with this
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 std = next(std for part, std in stds.items() if part in name)
@@ -847,10 +847,14 @@ class Tokenizer:
         write_file(folder / "tokenizer.pkl", pickle.dumps(self.encoding))
 
 
-FILES = (                                   # of Hugging Face's folders, besides weights: first two with end tokens
-    "generation_config.json config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "chat_template.jinja"
-).split()
+FILES = [                                   # of Hugging Face's folders, besides weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
 
 
 class ChatTokenizer:
@@ -871,13 +875,14 @@ class ChatTokenizer:
         mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
         with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
             self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            ends = [json.loads(self.files.get(name, "{}")).get("eos_token_id") for name in FILES[:2]]
+            configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
+            ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]
         self.chat.chat_template = template or self.chat.chat_template
         self.tokenizer = self.chat.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
-        end = next((end for end in [*ends, self.chat.eos_token_id] if end is not None), [])
+        end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
@@ -938,8 +943,8 @@ class Policy:
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Samples by inverting the distribution function: logits (B, V) and numbers between 0 and 1 (B,) -> (3, B):
-        tokens, as float32, which holds any id, their logprobs, and the entropies of what they are drawn from, in nats."""
+        """Samples by inverting the distribution function: logits (B, V), numbers between 0 and 1 (B,) -> (3, B) tokens
+        (float32 holds any id), their logprobs, and the entropies, in nats, of the distributions they are drawn from."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
@@ -1019,13 +1024,13 @@ class Transcript:
         drawn = numpy.where(forced < 0, drawn, numpy.outer((1, 0, 0), forced))
         self.said[:, rows, t] = drawn
         tokens = drawn[0].astype(int)
-        open_rows = self.lengths[rows] > t      # some have ended before, and are not yet out of the batch
-        for row in rows[open_rows & (tokens == self.tokenizer.call_end)]:
+        for row in rows[tokens == self.tokenizer.call_end]:
             said = self.said[0, row, : t + 1].astype(int)
             result = self.tokenizer.answer_call(said.tolist())
             rest = self.forced[row, t + 1 :]
             rest[: len(result)] = result[: len(rest)]
-        self.lengths[rows[open_rows & numpy.isin(tokens, self.tokenizer.stops)]] = t + 1
+        stopped = rows[numpy.isin(tokens, self.tokenizer.stops)]  # some did before, but are still in the batch
+        self.lengths[stopped] = numpy.minimum(self.lengths[stopped], t + 1)
         return tokens, self.lengths[rows] > t + 1
 
     def groups(self, num_samples: int) -> list[list[Completion]]:
@@ -1231,7 +1236,7 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
     with blaming(f"{about} is no nanochat meta file", COPY_AGAIN):
         raw = json.loads(about.read_text())["model_config"]
         known = raw["vocab_size"]
-    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in read_state(path).items()}
+    state = {key.removeprefix("_orig_mod."): tensor.contiguous() for key, tensor in read_state(path).items()}
     rows = len(state["transformer.wte.weight"])
     if not tokenizer.vocab_size == known <= rows:
         raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
@@ -1462,29 +1467,26 @@ class Learner:
     def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
         """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
         self.ranks = ranks
+        self.shares = {}
         config = ranks.share(model and model.config)
-        theirs = dict(model.named_parameters()) if model else {}
-        self.model = model or empty_model(config)
-        weights = {}
-        for name, p in self.model.named_parameters():
-            weights[name] = torch.empty(p.shape, dtype=dtype, device=ranks.device)
+        theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
+        self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
+        loads = [0] * ranks.size
+        for name, p in sorted(self.model.named_parameters(), key=lambda item: -item[1].numel()):  # the largest first
             if not p.requires_grad:         # the base of adapters
-                if model:
-                    weights[name].copy_(p)
-                ranks.broadcast(weights[name])
-        self.model.load_state_dict(weights, assign=True)
-        learned = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.shares, loads = {}, [0] * ranks.size
-        for name, p in sorted(learned, key=lambda item: -item[1].numel()):  # each to the rank with the least to hold
+                p.copy_(theirs.get(name, p))
+                ranks.broadcast(p)
+                continue
             p.grad_dtype = torch.float32
             p.grad = torch.zeros_like(p, dtype=torch.float32)
             recipe = recipe_of(name, p.shape, config, rates)
             averages = ["exp_avg"] if recipe.muon else ["exp_avg", "exp_avg_sq"]
-            owner = loads.index(min(loads))
+            owner = loads.index(min(loads))  # the rank with the least to hold
             loads[owner] += p.numel() * (1 + len(averages))
             mine = owner == ranks.rank
-            state = {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
-            self.shares[name] = Share(p, recipe, owner, {"masters": p.detach().float() if mine else None, **state})
+            state = {"masters": p.detach().float() if mine else None}
+            state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
+            self.shares[name] = Share(p, recipe, owner, state)
         self.load_state({"updates": 0, "masters": theirs})
 
     @torch.no_grad()
