@@ -227,7 +227,7 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     timeouts: int = 0                       # gradings that took too long
 
-    def learned(self) -> list[tuple[Completion, float]]:
+    def learnable(self) -> list[tuple[Completion, float]]:
         """The completions that there is something to learn from, and their advantages."""
         return [(c, advantage) for c, advantage in zip(self.completions, self.advantages) if advantage]
 
@@ -282,7 +282,7 @@ class Run:
 ORDER, DEALING, TRAINING, EVALUATION = range(1, 5)  # what random numbers are for, next to the seed
 
 
-def shuffled(n: int, *counters: int) -> list[int]:
+def permutation(n: int, *counters: int) -> list[int]:
     return numpy.random.default_rng(counters).permutation(n).tolist()
 
 
@@ -290,7 +290,7 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
     """The training questions of a step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
     epoch, number = divmod(step, len(run.questions) // size)
-    order = shuffled(len(run.questions), run.flags.seed, ORDER, epoch)
+    order = permutation(len(run.questions), run.flags.seed, ORDER, epoch)
     start = number * size
     return [run.questions[i] for i in order[start : start + size]]
 
@@ -371,7 +371,7 @@ def num_sampled(completions: list[Completion]) -> int:
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
     """Means over the completions, the questions or the sampled tokens of a rollout."""
     completions = [completion for group in groups for completion in group.completions]
-    learned = [completion for group in groups for completion, _ in group.learned()]
+    learned = [completion for group in groups for completion, _ in group.learnable()]
     num_tokens = num_sampled(completions)
     mean = statistics.fmean
     return {
@@ -399,7 +399,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
     for part in batched(groups, size):
         prefix = gpt.prefix_of(model, [group.example.prompt for group in part])
         leaves = prefix.leaves()
-        rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.learned()]
+        rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.learnable()]
         rows.sort(key=lambda row: len(row[1].tokens))
         for batch in batched(rows, size):
             questions, completions, advantages = zip(*batch)
@@ -417,8 +417,8 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
 def minibatches(run: Run, groups: list[Group]) -> list[list[Group]]:
     """The step's groups that have an advantage, dealt into `updates_per_rollout` parts by (seed, step) alone."""
     K = run.flags.updates_per_rollout
-    order = shuffled(len(groups), run.flags.seed, DEALING, run.step)
-    learned = [groups[i] for i in order if groups[i].learned()]
+    order = permutation(len(groups), run.flags.seed, DEALING, run.step)
+    learned = [groups[i] for i in order if groups[i].learnable()]
     return [learned[k::K] for k in range(min(K, len(learned)))]
 
 
@@ -432,7 +432,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     parts = minibatches(run, groups)
     for part in parts:
         learner.model.zero_grad(set_to_none=False)
-        costs = [sum(len(c.tokens) for c, _ in group.learned()) for group in part]
+        costs = [sum(len(c.tokens) for c, _ in group.learnable()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(torch.from_numpy(numpy.concatenate(ranks.all_gather(log_ratios.cpu().numpy()))).double())
         if not 0 < flags.max_ratio < drifts[-1].abs().exp().mean():
@@ -1226,7 +1226,7 @@ def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal:
     policy = policy_of(learner.model, 1.0, 0)
     chance = 0.0                            # of the reference, as a running mean
     for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
-        batch = [examples[i] for i in shuffled(len(examples), step)[:size]]
+        batch = [examples[i] for i in permutation(len(examples), step)[:size]]
         answers = [[*tokenizer.encode(example.references[0]), tokenizer.stops[0]] for example in batch]
         lessons = [Completion(numpy.array(x), numpy.ones(len(x), bool), numpy.zeros(len(x))) for x in answers]
         prefix = gpt.prefix_of(learner.model, [example.prompt for example in batch])

@@ -92,7 +92,7 @@ def gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
     """The project's gradient, of all parameters, as one vector."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    asked = [group for group in groups if group.learned()]
+    asked = [group for group in groups if group.learnable()]
     chat_rl.backward(model, asked, policy_of(model, flags.temperature, flags.top_k), flags)
     return gradient_of(model) / sampled_tokens(groups)
 
@@ -118,8 +118,8 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
     unembedding sees the sampled tokens' rows alone."""
     model, unembed = tiny_model(), gpt.GPT.unembed
     groups, policy = some_groups(model, tokenizer), policy_of(model)
-    lessons = [c for group in groups for c, _ in group.learned()]
-    assert [len(group.learned()) for group in groups] == [5, 2, 0, 5, 5]
+    lessons = [c for group in groups for c, _ in group.learnable()]
+    assert [len(group.learnable()) for group in groups] == [5, 2, 0, 5, 5]
     prefilled, answered, unembedded = [], [], []
 
     def note(model, args):
@@ -128,7 +128,7 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
 
     model.register_forward_pre_hook(note)
     monkeypatch.setattr(gpt.GPT, "unembed", lambda self, x: unembedded.append(x.numel() // x.size(-1)) or unembed(self, x))
-    asked = [group for group in groups if group.learned()]
+    asked = [group for group in groups if group.learnable()]
     for size in (1, 2, 3, 8, 100):
         for seen in (prefilled, answered, unembedded):
             seen.clear()
