@@ -699,6 +699,7 @@ def rewritten(text: str, rules: list[tuple[str, str]]) -> str:
     return text
 
 
+@lru_cache(10_000)
 def spelled(text: str) -> str:
     r"""A text whose Unicode is spelled in ASCII and LaTeX: '−½√5x²' is r'-~\frac{1}{2}\sqrt{5}x^{2}'."""
     return rewritten(unicodedata.normalize("NFKC", rewritten(text, UNICODE)), UNICODE)
