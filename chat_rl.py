@@ -35,6 +35,7 @@ import operator
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -113,7 +114,7 @@ class Flags:
     eval_samples: int = 8                   # completions per test question: pass@k for k = 1 … that
     eval_temperature: float = 1.0           # of sampling in evaluations
     save_every: int = 60                    # steps between checkpoints
-    keep_last: int = 0                      # checkpoints to keep (0: all; of the optimizer's state always two)
+    keep_last: int = 0                      # checkpoints to keep (0: all; of the optimizer's state at most two)
     resume: bool = False                    # go on from the last checkpoint of the run of this name, if any
     seed: int = 42                          # of the order of questions and of sampling
 
@@ -138,7 +139,7 @@ MODELS = {
         top_k=0,
         max_new_tokens=512,
     ),
-    "lora": dict(matrix_lr=1e-4, init_lr_frac=1.0, grad_clip=1.0),
+    "lora": dict(matrix_lr=5e-5, init_lr_frac=1.0, grad_clip=1.0),
     "starter": dict(
         task="arithmetic",
         num_epochs=3,
@@ -273,6 +274,7 @@ class Run:
     out: Path
     num_steps: int
     argv: list[str]                         # the command lines that it was begun and gone on with
+    kind: str                               # of the model: a row of MODELS
     source: str                             # where the model came from: a folder or a hub name
     source_step: int | None
     wandb_id: str
@@ -344,6 +346,11 @@ def rollout(
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
+
+    def progress(ended: int) -> None:
+        bar.update(ended)
+        ranks.poll()
+
     with ranks.interruptible(), progress_bar(len(mine) * num_samples, title) as bar:
         for part in batched(mine, math.ceil(flags.rollout_batch_size / num_samples)):
             completions = gpt.generate(
@@ -355,10 +362,11 @@ def rollout(
                 policy,
                 seed,
                 keys=[example.index for example in part],
-                progress=bar.update,
+                progress=progress,
             )
             groups += map(Group, part, completions)
         for group in groups:
+            ranks.poll()
             grade(run, group)
     return sorted(itertools.chain(*ranks.gather(groups)), key=lambda group: group.example.index)
 
@@ -435,7 +443,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         costs = [sum(len(c.tokens) for c, _ in group.learnable()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(torch.from_numpy(numpy.concatenate(ranks.all_gather(log_ratios.cpu().numpy()))).double())
-        if not 0 < flags.max_ratio < drifts[-1].abs().exp().mean():
+        ratio = drifts[-1].abs().exp().mean().item()
+        if not flags.max_ratio or ratio <= flags.max_ratio:
             norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
     drift = torch.cat(drifts or [torch.zeros(1)])
     ratio = drift.exp()
@@ -527,7 +536,7 @@ def train(run: Run, learner: Learner) -> int:
                 log.write_step(run, metrics, groups)
             failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
             if failures == 5:
-                raise ArithmeticError("the gradient was not finite five times in a row: lower the rates")
+                raise FloatingPointError("the gradient was not finite five times in a row: lower the rates")
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
@@ -882,12 +891,14 @@ GRADERS: dict[str, Callable[[str, str], float]] = {
 
 
 def make_sums() -> dict:
-    """Sums of two numbers below 100. The test pairs are held out in both orders."""
-    pairs = [*itertools.combinations_with_replacement(range(100), 2)]
-    pairs = numpy.random.default_rng(0).permutation(pairs).tolist()
-    pairs += [[b, a] for a, b in pairs[400:] if a != b]
-    records = [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in pairs]
-    return {"train": records[400:], "test": records[:400]}
+    """Sums of two numbers below 100. Those of the test are held out in both orders."""
+    pairs = numpy.random.default_rng(0).permutation([*itertools.product(range(100), repeat=2)]).tolist()
+    held_out = {frozenset(pair) for pair in pairs[:400]}
+    splits = {"test": pairs[:400], "train": [pair for pair in pairs if frozenset(pair) not in held_out]}
+    return {
+        split: [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in pairs]
+        for split, pairs in splits.items()
+    }
 
 
 # Data that are made here: a name for --data, and the function that returns each split's records, the same every time.
@@ -986,8 +997,8 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
-        "tokens that --max-new-tokens leaves of the model's positions, others lack an answer that the grader can read; "
-        f"{words} have one that counts in the same words only"
+        f"tokens that --max-new-tokens leaves of the model's positions, {len(records) - long - len(examples)} lack an "
+        f"answer that the grader can read; {words} have one that counts in the same words only"
     )
     if not examples:
         columns = ", ".join(next(iter(records), ()))
@@ -1129,17 +1140,18 @@ class Log:
 
     def write_evaluation(self, run: Run, metrics: dict, groups: dict[str, list[Group]]) -> None:
         """The metrics, every sampled completion by the name of its data, and the picture; prints a right and a wrong
-        completion of the first question that has both."""
+        completion of the first question of each that has both."""
         self.write({"step": run.step, **metrics})
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
         records = self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
-        both = (record for record in records if min(record["scores"]) < 1 <= max(record["scores"]))
-        record = next(both, records[0])
-        said = {score >= 1: text for score, text in zip(record["scores"], record["completions"])}
-        shown = {"question": record["question"], "reference": record["reference"]}
-        shown |= {"right" if right else "wrong": said[right] for right in sorted(said, reverse=True)}
-        for name, text in shown.items():
-            say(f"  {name:9}  {textwrap.shorten(text, 600, placeholder=' …')}")
+        for name in groups:
+            answered = [record for record in records if record["data"] == name]
+            both = (record for record in answered if min(record["scores"]) < 1 <= max(record["scores"]))
+            record = next(both, answered[0])
+            shown = {"question": record["question"], "reference": final(record["reference"])}
+            shown |= {"right" if s >= 1 else "wrong": text for s, text in zip(record["scores"], record["completions"])}
+            for title, text in shown.items():
+                say(f"  {title:9}  {textwrap.shorten(text, 600, placeholder=' …')}")
         self.plot()
 
     def write_samples(self, name: str, groups: dict[str, list[Group]]) -> list[dict]:
@@ -1166,7 +1178,7 @@ class Log:
 
         table = pandas.DataFrame(self.lines).groupby("step").first()
         figure = Figure(figsize=(16, 7), layout="constrained")
-        first, second, *others = figure.subplots(2, 4).flat
+        first, second, *others = figure.subplots(2, (len(PANELS) + 2) // 2).flat
         for axes, keys in zip([first, *others], PANELS):
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, alpha=0.35, linewidth=1)
@@ -1174,7 +1186,7 @@ class Log:
             axes.plot(steps.rolling(10, min_periods=1).mean())
             low, high = axes.dataLim.intervaly
             axes.set(title=", ".join(keys), xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))
-        tests = table[evaluation_keys(table)].dropna()
+        tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
         tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05), title="tests solved")
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
@@ -1246,7 +1258,7 @@ def make_starter(folder: Path) -> None:
     """Makes a tiny GPT, teaches it to be right six times in ten, and saves it as an SFT checkpoint."""
     tokenizer = byte_tokenizer()
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
-    model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=2)
+    model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=4)
     model.raw_config = shape
     flags = Flags(**TASKS["arithmetic"])
     learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, flags)
@@ -1281,9 +1293,9 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
 
 
 def find_state(out: Path, step: int | None) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step; {} where there is none. Raises
-    UserError where there are some and none can be read."""
-    paths = sorted(out.glob("optim_*.pt" if step is None else f"optim_{step:06d}.pt"), reverse=True)
+    """What the newest optim_<step>.pt that can be read holds, or that of a step where it is there; {} where there is
+    none. Raises UserError where there are some and none can be read."""
+    paths = [*out.glob(f"optim_{step or 0:06d}.pt")] or sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
             return gpt.read_state(path)
@@ -1295,7 +1307,7 @@ def find_state(out: Path, step: int | None) -> dict:
     return {}
 
 
-KEPT = ("argv", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, besides what learns
+KEPT = ("argv", "kind", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, and what learns
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
@@ -1338,7 +1350,8 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     if Path(source).is_relative_to(out) and not given.resume:
         out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
     state = find_state(out, given.model_step) if given.resume else {}
-    state = dict(zip(KEPT, ([], source, given.model_step, os.urandom(4).hex(), 0))) | state
+    begun = {"argv": [], "kind": "", "source": source, "source_step": given.model_step}
+    state = {**begun, "wandb_id": os.urandom(4).hex(), "step": 0, **state}
     if state["step"]:
         say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
     before, argv = parse_flags(state["argv"], {}), state["argv"] + argv
@@ -1347,12 +1360,13 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
-    if name == "starter" and not Path(place).exists():
+    if name == "starter" and not state["step"] and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
-    kind = "starter" if name == "starter" else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    found = "starter" if name == "starter" else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    kind = state["kind"] or found
     flags = settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
@@ -1360,7 +1374,7 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    kept = {key: state[key] for key in KEPT} | {"argv": argv}
+    kept = {key: state[key] for key in KEPT} | {"argv": argv, "kind": kind}
     run = Run(flags, questions, tests, tokenizer, out, num_steps, **kept)
     open_folder(run, stack)
     return run, model, state
@@ -1424,13 +1438,15 @@ def main(argv: list[str]) -> int:
         except torch.OutOfMemoryError:
             text = ("the device's memory is full: lower --rollout-batch-size where it samples, --device-batch-size "
                     "where it learns, or --recompute, and go on with --resume")
-        except UserError as error:
-            text, status = error, 2
-        except (OSError, ArithmeticError) as error:
+        except KeyboardInterrupt:           # before a run listens
+            status = 128 + signal.SIGINT
+        except UserError as error:          # of all ranks
+            text, status = f"{error}" * main_rank(), 2
+        except (OSError, FloatingPointError) as error:
             text = f"{error}: mend that, and go on with --resume"
-    if text and main_rank():
+    if text:
         print(f"chat_rl: {text}", file=sys.stderr)
-    if dist.is_initialized() and not text:  # after a failure other ranks may wait in a collective
+    if dist.is_initialized() and status not in (1, 2):  # after a failure other ranks may wait in a collective
         dist.barrier()                      # no rank leaves while another is still talking to it
         dist.destroy_process_group()
     return status

@@ -21,7 +21,7 @@ import signal
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -73,8 +73,8 @@ class Interrupted(Exception):
 class Ranks:
     """The processes of a run, each with a share of the work; one where torchrun did not start it.
 
-    Rank 0 alone reads checkpoints and data, prints and saves. A first SIGTERM, SIGINT or SIGHUP interrupts work that
-    is interruptible, and waits for the end of any other; another one, a second later, ends the process at once.
+    Rank 0 alone reads checkpoints and data, prints and saves. A first SIGTERM, SIGINT or SIGHUP ends work that polls,
+    and waits for the end of any other; another one, a second later, ends the process at once.
     """
 
     device: torch.device
@@ -83,7 +83,6 @@ class Ranks:
     store: dist.Store | None = None
     signal: int = 0                         # the number of the first signal, 0 before it
     signalled: float = 0.0                  # when it came
-    interrupting: bool = False              # whether a signal may raise Interrupted where it comes
 
     def wait_for_main(self) -> None:
         """Waits until rank 0 has got here, for a week if need be: it may have a model to fetch."""
@@ -133,9 +132,11 @@ class Ranks:
         self.signalled = self.signalled or time.monotonic()
         if time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
-        if self.interrupting:
-            self.interrupting = False       # it is raised once
-            raise Interrupted(number)
+
+    def poll(self) -> None:
+        """Raises Interrupted on this rank where it was told to stop."""
+        if self.signal:
+            raise Interrupted(self.signal)
 
     def check(self) -> None:
         """Raises Interrupted on all ranks where any of them was told to stop."""
@@ -145,17 +146,9 @@ class Ranks:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around work of each rank's own, which a signal cuts short; at its end all ranks agree whether one did."""
-        try:
-            self.interrupting = True
-            if self.signal:                 # it came before
-                raise Interrupted(self.signal)
+        """Around work of each rank's own that polls; at its end all ranks agree whether a signal has ended it."""
+        with suppress(Interrupted):
             yield
-            self.interrupting = False       # before the end of the block: nothing is raised past it
-        except Interrupted:
-            pass
-        finally:
-            self.interrupting = False
         self.check()
 
 
@@ -167,7 +160,8 @@ def find_device(device_type: str) -> torch.device:
         raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best.type}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        with blaming(f"there is no {device}", "start as many processes as there are GPUs, by --nproc_per_node"):
+            torch.cuda.set_device(device)
     return device
 
 

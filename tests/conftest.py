@@ -224,10 +224,10 @@ def adder_base(tmp_path_factory) -> Path:
 def teach_adder(folder: Path) -> None:
     tokenizer, flags = chat_rl.byte_tokenizer(), chat_rl.Flags(**chat_rl.TASKS["arithmetic"])
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
-    model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=10)
+    model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
     model.raw_config = shape
     learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
-    chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=64)
+    chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=128)
     state = learner.model.state_dict()
     learner.model.stored_types = {key: torch.bfloat16 for key in state if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(folder, 150, learner.model, state, tokenizer)

@@ -73,11 +73,12 @@ def test_each_task_asks_as_the_table_says(load, tokenizer, tmp_path, name, suffi
 
 
 def test_arithmetic_is_made_here(load):
-    """No pair that is tested is trained on, in either order."""
+    """No pair that is tested is trained on, in either order; the test asks both orders, as training does."""
     train, tests = load("arithmetic")
     pairs = [{frozenset(map(int, re.findall(r"\d+", x.question))) for x in part} for part in (train, tests[""])]
     assert len({x.question for x in train}) == len(train) > 9000 and len(tests[""]) == 400 and not pairs[0] & pairs[1]
     assert all(sum(map(int, re.findall(r"\d+", x.question))) == int(x.references[0]) for x in train + tests[""])
+    assert 150 < sum(int.__gt__(*map(int, re.findall(r"\d+", x.question))) for x in tests[""]) < 250
 
 
 @pytest.mark.parametrize("name, part, count", [

@@ -155,11 +155,14 @@ def test_flags_may_change(finished, capfd):
 
 
 def test_the_source_need_not_be_there(finished, whole):
-    """A run with all its weights goes on without the model that it began with, by its own folder."""
+    """A run with all its weights goes on without the model that it began with, by its own folder, by its name alone, and by
+    the step of a model that it has no state of."""
     shutil.rmtree(finished / "chatsft_checkpoints")
-    cut_back(finished, 11)
-    assert main(finished, f"--model-tag={out(finished)}", "--resume") == 0
-    assert_same_run(finished, whole)
+    for flags in ([f"--model-tag={out(finished)}"], ["--name=adder"], ["--name=adder", "--model-step=150"]):
+        cut_back(finished, 11)
+        assert main(finished, *flags, "--resume") == 0
+        assert_same_run(finished, whole)
+    assert not (finished / "chatsft_checkpoints").exists() and not (finished / "chatrl_checkpoints" / "previous").exists()
 
 
 def test_two_runs_of_one_folder(base, trouble):

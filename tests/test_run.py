@@ -239,7 +239,7 @@ def test_clips_are_read(given, bounds):
 @pytest.mark.parametrize("argv, kind, wanted", [
     ([], "nanochat", dict(task="gsm8k", grader="number", data="openai/gsm8k:main", matrix_lr=0.02, top_k=50, grad_clip=0)),
     ([], "huggingface", dict(task="gsm8k-boxed", grader="boxed-number", top_k=0, grad_clip=1, lr_schedule="constant")),
-    (["--lora-rank=4"], "huggingface", dict(matrix_lr=1e-4, top_k=0)),
+    (["--lora-rank=4"], "huggingface", dict(matrix_lr=5e-5, top_k=0)),
     (["--lora-rank=4", "--matrix-lr=3"], "nanochat", dict(matrix_lr=3, init_lr_frac=1, task="gsm8k")),
     (["--task=think", "--system=x"], "nanochat", dict(grader="tagged-number", system="x")),
     ([], "starter", dict(task="arithmetic", num_samples=4, data="sums")),
