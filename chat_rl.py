@@ -1127,7 +1127,7 @@ class Log:
             f"left {timedelta(seconds=round(self.seconds_left(run)))}"
         )
         if metrics["updates_left_out"]:
-            text += f"  {metrics['updates_left_out']} updates left out: the mean ratio was above --max-ratio"
+            text += f"  updates left out, as their mean ratio was above --max-ratio: {metrics['updates_left_out']}"
         if not math.isfinite(metrics["grad_norm"]):
             text += "  a gradient is not finite: its update is left out"
         say(text)
