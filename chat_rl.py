@@ -1425,7 +1425,11 @@ def start(argv: list[str], stack: ExitStack) -> int:
         raise run
     learner = make_learner(run, model, state, ranks)
     del model, state
-    return train(run, learner)
+    status = train(run, learner)
+    if dist.is_initialized():
+        dist.barrier()                      # no rank leaves while another is still talking to it
+        dist.destroy_process_group()
+    return status
 
 
 def main(argv: list[str]) -> int:
@@ -1446,9 +1450,6 @@ def main(argv: list[str]) -> int:
             text = f"{error}: mend that, and go on with --resume"
     if text:
         print(f"chat_rl: {text}", file=sys.stderr)
-    if dist.is_initialized() and status not in (1, 2):  # after a failure other ranks may wait in a collective
-        dist.barrier()                      # no rank leaves while another is still talking to it
-        dist.destroy_process_group()
     return status
 
 
