@@ -130,9 +130,9 @@ MODELS = {
     "nanochat": {},
     "huggingface": dict(
         task="gsm8k-boxed",
-        embedding_lr=5e-6,
-        unembedding_lr=5e-6,
-        matrix_lr=5e-6,
+        embedding_lr=2e-6,
+        unembedding_lr=2e-6,
+        matrix_lr=2e-6,
         init_lr_frac=1.0,
         lr_schedule="constant",
         grad_clip=1.0,
@@ -1183,12 +1183,13 @@ class Log:
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, alpha=0.35, linewidth=1)
             axes.set_prop_cycle(None)       # the same colours again
-            axes.plot(steps.rolling(10, min_periods=1).mean())
+            axes.plot(steps.rolling(10, min_periods=1).mean(), label=keys)
+            axes.legend()
             low, high = axes.dataLim.intervaly
-            axes.set(title=", ".join(keys), xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))
+            axes.set(xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))
         tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
-        tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05), title="tests solved")
+        tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
 
     def close(self, run: Run, interrupted: bool) -> None:
