@@ -965,6 +965,18 @@ SHAPES = (
 )
 
 
+def messages_of(question: Any, before: list[dict], suffix: str) -> list[dict]:
+    """The chat that asks a question: a text, around which `before` and the suffix come, or messages as they are. Raises
+    ValueError, TypeError or LookupError on what is neither."""
+    if isinstance(question, str):
+        question = [*before, {"role": "user", "content": question + suffix}]
+    messages = [{"role": m["role"], "content": "" + m["content"]} for m in question]
+    roles = " ".join(m["role"] for m in messages)
+    if not re.fullmatch("(system )?(user assistant )*user", roles):
+        raise ValueError(f"the roles are {roles}")
+    return messages
+
+
 def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits: str) -> list[Example]:
     """The questions of the first of these splits that a place has, ready to ask, in an order that is always the same.
     Those that take more than `limit` tokens to ask, or cannot be graded, are left out and counted. Raises UserError
@@ -977,15 +989,10 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
     examples, long, words = [], 0, 0
     for i in numpy.random.default_rng(42).permutation(len(records)).tolist():  # as Dataset.shuffle(seed=42) does
         with gpt.blaming(f"row {i} of {where} cannot be used", SHAPES):
-            question = asked = value_in(records[i], flags.prompt_key) or ""
+            question = value_in(records[i], flags.prompt_key) or ""
             references = references_in(value_in(records[i], flags.answer_key))
             references = [*filter(getattr(grader, "reads", bool), references)]
-            if isinstance(question, str):
-                asked = [*before, {"role": "user", "content": question + flags.suffix}]
-            messages = [{"role": m["role"], "content": "" + m["content"]} for m in asked]
-            roles = " ".join(m["role"] for m in messages)
-            if not re.fullmatch("(system )?(user assistant )*user", roles):
-                raise ValueError(roles)
+            messages = messages_of(question, before, flags.suffix)
             prompt = tokenizer.encode_raw(question) if flags.raw_prompt else tokenizer.render(messages)
         thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
         opening = (thought + flags.prefill) * getattr(grader, "marks", True)
