@@ -1393,7 +1393,7 @@ def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Lear
     flags = run.flags
     fast = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = flags.dtype or ("bfloat16" if fast else "float32")
-    learner = Learner(model, ranks, getattr(torch, dtype), flags)
+    learner = Learner(model, ranks, getattr(torch, dtype), flags if run.num_steps else None)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)

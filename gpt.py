@@ -1459,12 +1459,15 @@ class Learner:
 
     @torch.no_grad()
     def __init__(self, model: GPT | None, ranks: Ranks, dtype: torch.dtype, rates: Any):
-        """Takes over rank 0's model, which is on a CPU, and whose weights may have any types."""
+        """Takes over rank 0's model, which is on a CPU, and whose weights may have any types. Without rates nothing
+        learns, and nothing is held but the weights."""
         self.ranks = ranks
         self.shares = {}
         config = ranks.share(model and model.config)
         theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
         self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
+        if not rates:
+            self.model.requires_grad_(False)
         loads = [0] * ranks.size
         for name, p in sorted(self.model.named_parameters(), key=lambda item: -item[1].numel()):  # the largest first
             if not p.requires_grad:         # the base of adapters

@@ -151,6 +151,12 @@ def test_masters_remember_what_bfloat16_forgets():
     assert {p.grad.dtype for p in learner.model.parameters()} == {torch.float32}
 
 
+def test_an_evaluation_holds_the_weights_alone():
+    learner = gpt.Learner(tiny_model(), gpt.Ranks(torch.device("cpu")), torch.float32, None)
+    assert not learner.shares and all(p.grad is None for p in learner.model.parameters())
+    assert torch.equal(weights_of(learner.model), weights_of(tiny_model()))
+
+
 def test_what_is_not_finite_is_left_out():
     learner = cpu_learner(tiny_model())
     start = weights_of(learner.model)
