@@ -469,7 +469,7 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     questions = questions_of_step(run, run.step)
     policy = policy_of(learner.model, flags.temperature, flags.top_k)
     seed = flags.seed, TRAINING, run.step
-    groups = ranks.share(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
+    groups = ranks.from_main(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
     rolled_out = time.monotonic()
     rollout_seconds = max(ranks.all_gather(rolled_out - start))  # of the rank that began first
     metrics = summarize(groups, run.tokenizer.stops) | learn(run, learner, groups, policy)
@@ -1428,7 +1428,7 @@ def start(argv: list[str], stack: ExitStack) -> int:
         except UserError as error:
             run = error
     ranks.wait_for_main()
-    run = ranks.share(run)
+    run = ranks.from_main(run)
     if isinstance(run, UserError):
         raise run
     learner = make_learner(run, model, state, ranks)

@@ -105,7 +105,7 @@ class Ranks:
             dist.gather_object(thing, things)
         return things or []
 
-    def share(self, thing: Any) -> Any:
+    def from_main(self, thing: Any) -> Any:
         """Rank 0's thing, which holds no tensors, on every rank."""
         box = [thing]
         if self.size > 1:
@@ -1463,7 +1463,7 @@ class Learner:
         learns, and nothing is held but the weights."""
         self.ranks = ranks
         self.shares = {}
-        config = ranks.share(model and model.config)
+        config = ranks.from_main(model and model.config)
         theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
         self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
         if not rates:
@@ -1523,7 +1523,7 @@ class Learner:
     @torch.no_grad()
     def load_state(self, saved: dict) -> None:
         """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
-        self.steps = self.ranks.share(saved.get("updates"))
+        self.steps = self.ranks.from_main(saved.get("updates"))
         for name, share in self.shares.items():
             for kind, x in share.state.items():
                 share.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
