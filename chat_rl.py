@@ -339,10 +339,11 @@ def rollout(
     policy: Policy,
     seed: tuple[int, ...],
     title: str,
+    greedy: bool = False,
 ) -> list[Group]:
     """Samples from the policy and grades, each rank its share of the examples, about `rollout_batch_size` rows at once.
-    Returns on rank 0 alone the groups of all, in the order of their questions. Raises Interrupted on all ranks where a
-    signal cuts one short."""
+    If `greedy`, the last sample of each takes the likeliest token every time. Returns on rank 0 alone the groups of
+    all, in the order of their questions. Raises Interrupted on all ranks where a signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
@@ -363,6 +364,7 @@ def rollout(
                 seed,
                 keys=[example.index for example in part],
                 progress=progress,
+                greedy=greedy,
             )
             groups += map(Group, part, completions)
         for group in groups:
@@ -487,32 +489,31 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def solved(groups: list[Group], k: int) -> tuple[float, float]:
-    """The mean pass@k of the groups' questions, and its standard error (0 for a single one)."""
-    right = [sum(score >= 1 for score in group.scores) for group in groups]
-    values = [pass_at_k(len(groups[0].scores), c, k) for c in right]
+def solved(scores: list[list[float]], k: int) -> tuple[float, float]:
+    """The mean pass@k of questions with these scores, and its standard error (0 for a single one)."""
+    values = [pass_at_k(len(row), sum(score >= 1 for score in row), k) for row in scores]
     return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
 
 
 def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, list[Group]]]:
     """pass@k for k = 1 … eval_samples and the greedy accuracy on the first eval_examples questions of each test, with
-    the same random numbers every time. Returns, on rank 0 alone, metrics and each test's groups."""
+    the same random numbers every time. Returns, on rank 0 alone, metrics and each test's groups, the last completion
+    of each being the greedy one."""
     flags, model, start = run.flags, learner.model, time.monotonic()
     policy = policy_of(model, flags.eval_temperature, flags.top_k)
-    likeliest = policy_of(model, 1.0, 1)
     seed = flags.seed, EVALUATION
     metrics, answered = {}, {}
     for name, examples in run.tests.items():
         examples = examples[: flags.eval_examples or None]
-        groups = rollout(run, learner, examples, flags.eval_samples, policy, seed, "evaluation")
-        greedy = rollout(run, learner, examples, 1, likeliest, seed, "evaluation, greedy")
+        groups = rollout(run, learner, examples, flags.eval_samples + 1, policy, seed, "evaluation", greedy=True)
         if groups:
             answered[name] = groups
             label = f"{name}/" if name else ""
-            metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups + greedy)
-            for k in range(1, flags.eval_samples + 1):
-                metrics[f"{label}pass@{k}"], metrics[f"{label}pass@{k}_error"] = solved(groups, k)
-            metrics[f"{label}greedy"], metrics[f"{label}greedy_error"] = solved(greedy, 1)
+            metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups)
+            shares = {f"pass@{k}": solved([g.scores[:-1] for g in groups], k) for k in range(1, flags.eval_samples + 1)}
+            shares["greedy"] = solved([g.scores[-1:] for g in groups], 1)
+            for key, (share, error) in shares.items():
+                metrics |= {label + key: share, f"{label}{key}_error": error}
     return metrics | {"evaluation_seconds": time.monotonic() - start}, answered
 
 

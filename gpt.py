@@ -719,22 +719,6 @@ def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
     return Prefix(lengths, hidden[last], cache.last[last], kv)
 
 
-PREFILL_TOKENS = 2**14
-
-
-def prefill(model: GPT, prompts: list[list[int]]) -> Prefix:
-    """`prefix_of`, with so many tokens at once (or one prompt's) that what it takes beside the cache stays small."""
-    c, longest, rest = model.config, max(map(len, prompts)), []
-    shape = c.n_layer, 2, len(prompts), c.n_kv_head, longest, c.head_dim
-    kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
-    size = max(1, PREFILL_TOKENS // longest)
-    for i in range(0, len(prompts), size):
-        part = prefix_of(model, prompts[i : i + size])
-        kv[:, :, i : i + size, :, : part.kv.size(4)] = part.kv
-        rest.append(part[:3])
-    return Prefix(*map(torch.cat, zip(*rest)), kv)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
@@ -937,15 +921,16 @@ class Policy:
         return self.scores(values), ids
 
     def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Samples by inverting the distribution function: logits (B, V), numbers between 0 and 1 (B,) -> (3, B) tokens
-        (float32 holds any id), their logprobs, and the entropies, in nats, of the distributions they are drawn from."""
+        """Samples by inverting the distribution function: logits (B, V), numbers between 0 and 1 (B,), of which 0 draws
+        the likeliest token -> (3, B) tokens (float32 holds any id), their logprobs, and the entropies, in nats, of the
+        distributions they are drawn from."""
         scores, ids = self.candidates(logits)
         logprobs = scores.log_softmax(dim=-1)
         p = logprobs.exp()
         cumulative = p.cumsum(dim=-1)
         aim = uniform.unsqueeze(1) * cumulative[:, -1:]
-        pick = torch.searchsorted(cumulative, aim, right=True)
-        pick = pick.clamp_(max=scores.size(-1) - 1)
+        pick = torch.searchsorted(cumulative, aim, right=True).clamp_(max=scores.size(-1) - 1)
+        pick = torch.where(aim > 0, pick, scores.argmax(dim=-1, keepdim=True))
         tokens = pick if ids is None else ids.gather(1, pick)
         entropy = -(p * logprobs).sum(dim=-1, keepdim=True)
         return torch.cat([tokens, logprobs.gather(1, pick), entropy], dim=1).T
@@ -1047,8 +1032,10 @@ def generate(
     seed: tuple[int, ...] = (0,),
     keys: list[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    greedy: bool = False,
 ) -> list[list[Completion]]:
-    """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order.
+    """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order. If
+    `greedy`, the last of each takes the likeliest token every time.
 
     Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
     places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
@@ -1058,13 +1045,16 @@ def generate(
     longest, limit = max(map(len, prompts)) + max_new_tokens, model.config.max_positions
     if longest > limit:
         raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
-    cache = Cache(prefill(model, prompts), num_samples)
+    cache = Cache(prefix_of(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
     keys = numpy.array(keys or range(len(prompts)))
     rows = numpy.arange(len(hidden))        # those in the cache
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):
-        uniform = uniforms(*seed, keys[rows // num_samples], rows % num_samples, t)
+        question, sample = numpy.divmod(rows, num_samples)
+        uniform = uniforms(*seed, keys[question], sample, t)
+        if greedy:
+            uniform[sample == num_samples - 1] = 0
         drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
         if progress:

@@ -126,9 +126,8 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
     c, e, C = job.config, job.itemsize, job.config.n_embd
     kv = 2 * c.n_kv_head * c.head_dim * e * c.n_layer
     rows, shared = questions * samples, questions * job.prompt * kv
-    piece = min(questions, max(1, gpt.PREFILL_TOKENS // job.prompt)) * job.prompt
     mlp = e * ((3 + (c.lora_rank > 0)) * c.mlp_width + (3 + 3 * c.smear) * C + job.prompt)
-    work = piece * max(mlp, job.prompt * (e + 7))  # or the mask, as it is made
+    work = questions * job.prompt * max(mlp, job.prompt * (e + 7))  # or the mask, as it is made
     most, last = growing(job.new, c.n_layer)
     keys = job.prompt + job.new
     scores = rows * c.n_head * keys * 16
@@ -136,7 +135,7 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
         scores += 4 * c.n_kv_head * c.head_dim * (rows * job.new + questions * job.prompt)
     drawn = min(rows, max(1, gpt.LOGITS_AT_ONCE // c.vocab_rows)) * c.vocab_rows * (4 + e * (e < 4) if top_k else 24)
     stages = {
-        "prefill": shared + piece * kv + max(piece * kv, work),
+        "prefill": shared + max(shared, work),
         "growth": shared + rows * kv * most,
         "the last token": shared + rows * kv * last + max(scores, drawn),
     }
@@ -156,15 +155,16 @@ def step(job: Job) -> float:
 
 def stages(job: Job) -> dict[str, float]:
     """Bytes of the peaks of what takes turns, besides what is held."""
-    asked, tested = (math.ceil(n / job.ranks) for n in (job.examples, job.tests))
+
+    def most(questions: int, samples: int) -> float:
+        at_once = min(math.ceil(questions / job.ranks), math.ceil(job.rows / samples))
+        return max(sampling(job, at_once, samples, job.top_k).values())
+
     return {
-        "sampling": max(sampling(job, min(asked, math.ceil(job.rows / job.samples)), job.samples, job.top_k).values()),
+        "sampling": most(job.examples, job.samples),
         "update": sum(training(job).values()),
         "optimizer": step(job),
-        "evaluation": max(
-            sampling(job, min(tested, math.ceil(job.rows / job.eval_samples)), job.eval_samples, job.top_k).values()
-        ),
-        "greedy": max(sampling(job, min(tested, job.rows), 1, 1).values()),
+        "evaluation": most(job.tests, job.eval_samples + 1),
     }
 
 

@@ -243,9 +243,9 @@ def test_evaluations(whole):
         groups = [group_of(state, TEST, i, K, (SEED, 4), WARMER, TOP_K) for i in sorted(loaded(len(TEST))[:EVALUATED])]
         greedy = [group_of(state, TEST, i, 1, (SEED, 4), 1.0, 1) for i in sorted(loaded(len(TEST))[:EVALUATED])]
         assert 0.5 in [group.scores[0] for group in greedy] and 1.0 in [group.scores[0] for group in greedy]
-        for row, group in zip(samples(whole.base, line["step"]), groups, strict=True):
+        for row, group, best in zip(samples(whole.base, line["step"]), groups, greedy, strict=True):
             assert (row["question"], row["reference"]) == (group.row["question"], " or ".join(group.row["answer"]))
-            assert (row["completions"], row["rewards"]) == (group.texts, group.scores)
+            assert (row["completions"], row["rewards"]) == (group.texts + best.texts, group.scores + best.scores)
         solved = {"greedy": [group.scores[0] == 1 for group in greedy]}
         for k in range(1, K + 1):
             wrong = [sum(score < 1 for score in group.scores) for group in groups]

@@ -1,4 +1,5 @@
 """The formula in memory.py against the peaks of small models on a CPU, on one rank and on more."""
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ SMALL = dict(prompt=12, new=14, batch=4, examples=8, samples=4, eval_samples=2, 
 @pytest.fixture(autouse=True)
 def several_pieces(monkeypatch):
     monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 2**15)
-    monkeypatch.setattr(gpt, "PREFILL_TOKENS", 2**8)
 
 
 def peak_of(work: Callable) -> int:
@@ -49,7 +49,7 @@ def updated(job: Job, model: gpt.GPT) -> int:
 
 
 def sampled(job: Job, model: gpt.GPT, questions: int, samples: int, top_k: int) -> int:
-    prompts = [[1] * job.prompt] * min(questions // job.ranks, job.rows // samples)
+    prompts = [[1] * job.prompt] * min(math.ceil(questions / job.ranks), math.ceil(job.rows / samples))
     policy, endless = gpt.Policy(1.0, top_k, job.config.softcap), SimpleNamespace(stops=(), call_end=-1)
     return peak_of(lambda: gpt.generate(model, endless, prompts, samples, job.new, policy))
 
@@ -69,8 +69,7 @@ def measure(ranks: gpt.Ranks, job: Job, file: Path) -> None:
         "sampling": sampled(job, learner.model, job.examples, job.samples, job.top_k),
         "update": updated(job, learner.model),
         "optimizer": peak_of(lambda: learner.update(1.0)),
-        "evaluation": sampled(job, learner.model, job.tests, job.eval_samples, job.top_k),
-        "greedy": sampled(job, learner.model, job.tests, 1, 1),
+        "evaluation": sampled(job, learner.model, job.tests, job.eval_samples + 1, job.top_k),
     }
     found = ranks.gather((parts, peaks))
     if found:

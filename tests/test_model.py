@@ -70,21 +70,6 @@ def test_cache_with_groups_and_dropped_rows(generation):
         assert len(rows) == 1
 
 
-@torch.inference_mode()
-def test_prefill_in_pieces_is_prefill_at_once(monkeypatch):
-    """However few tokens may run at once, the prompts leave the same behind."""
-    model, prompts = tiny_model(), random_prompts((3, 70, 21, 40, 9))
-    whole = gpt.prefix_of(model, prompts)
-    for tokens in (1, 100, 150):
-        monkeypatch.setattr(gpt, "PREFILL_TOKENS", tokens)
-        pieces = gpt.prefill(model, prompts)
-        assert pieces.lengths.tolist() == whole.lengths.tolist() and pieces.kv.shape == whole.kv.shape
-        torch.testing.assert_close(pieces.hidden, whole.hidden, rtol=0, atol=1e-5)
-        torch.testing.assert_close(pieces.embed, whole.embed)
-        for i, n in enumerate(map(len, prompts)):
-            torch.testing.assert_close(pieces.kv[:, :, i, :, :n], whole.kv[:, :, i, :, :n], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("offset", [0, 25, 159])
 def test_scores_with_an_offset_cost_no_precision(tokenizer, offset):
     """In bfloat16 the sampler's logprobs are the trainer's to its rounding, also where biases of the keys add the same large

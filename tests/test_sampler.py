@@ -76,6 +76,16 @@ def test_completions_depend_on_nothing_in_their_batch(tokenizer):
     assert [c.tokens.tolist() for c in sum(together, [])] == [c.tokens[:20].tolist() for c in sum(longer, [])]
 
 
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_a_greedy_sample_stands_beside_the_drawn_ones(tokenizer, top_k):
+    """The last of each is what top-k 1 gives, the others are what they were."""
+    model, prompts = tiny_model(), random_prompts()
+    both = generate(model, tokenizer, prompts, 4, 20, 1.3, top_k, greedy=True)
+    drawn, likeliest = generate(model, tokenizer, prompts, 3, 20, 1.3, top_k), generate(model, tokenizer, prompts, 1, 20, top_k=1)
+    for together, *apart in zip(both, drawn, likeliest, strict=True):
+        assert [c.tokens.tolist() for c in together] == [c.tokens.tolist() for c in sum(apart, [])]
+
+
 def test_the_smallest_and_the_largest_number_draw_what_can_be_drawn():
     """No number is 0 or 1, which would draw a token of no probability: the ends of 2^26 numbers, among which every value of
     the grid is to be expected eight times."""
