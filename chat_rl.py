@@ -48,14 +48,17 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal
+from typing import Annotated, Any, Callable, Iterable, Iterator, Literal
 
 import filelock
 import numpy
+import pydantic
 import tiktoken
 import torch
 import torch.distributed as dist
 import tyro
+from annotated_types import Ge, MaxLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,7 +69,7 @@ from gpt import GPT, Completion, Learner, Policy, Ranks, Tokenizer, UserError
 # Flags, kinds of model, tasks
 
 
-@dataclass
+@pydantic.dataclasses.dataclass
 class Flags:
     run: str = "dummy"                      # name of the W&B run (dummy: no W&B)
     name: str = ""                          # of the run's folder (default: the model's tag)
@@ -74,10 +77,10 @@ class Flags:
     device_type: Literal["", "cuda", "mps", "cpu"] = ""  # default: the first of these that is there
     dtype: Literal["", "bfloat16", "float32"] = ""  # of the arithmetic (default: bfloat16 where the GPU has it)
     model_tag: str = ""                     # nanochat tag such as d20, folder or hub name (default: the largest d<N>)
-    model_step: int | None = None           # step of a nanochat's or a run's checkpoint (default: the last)
+    model_step: NonNegativeInt | None = None  # step of a nanochat's or a run's checkpoint (default: the last)
     chat_template: str = ""                 # file with a chat template to use instead of the model's (Hugging Face)
     chat_template_kwargs: str = "{}"        # variables of the chat template, as a JSON object (Hugging Face)
-    lora_rank: int = 0                      # train adapters of this rank on the blocks' matrices (0: all weights)
+    lora_rank: NonNegativeInt = 0           # train adapters of this rank on the blocks' matrices (0: all weights)
     task: Literal[*TASKS] = "gsm8k"         # sets some of the ten flags below
     data: str = ""                          # training questions: a hub name, a JSONL file, or a folder of such
     eval_data: str = ""                     # test questions from elsewhere: a place, or name=place,name=place
@@ -89,41 +92,35 @@ class Flags:
     few_shot: str = ""                      # JSON file: a list of messages to put before each question
     raw_prompt: bool = False                # questions hold the model's own markers: no chat template around them
     grader: Literal[*GRADERS] = "number"    # what compares a reply with the reference
-    num_epochs: int = 1                     # passes over the training questions
-    max_steps: int | None = None            # length of the run (default: that of the epochs; 0: evaluate and exit)
-    examples_per_step: int = 16             # questions per step, over all ranks
-    num_samples: int = 16                   # completions sampled per question
-    max_new_tokens: int = 256               # length limit of a completion, in tokens
-    temperature: float = 1.0                # of sampling in training
-    top_k: int = 50                         # sample from the k likeliest tokens, in evaluation too (0: from all)
-    rollout_batch_size: int = 256           # rows sampled at once, rounded up to whole groups
-    device_batch_size: int = 8              # rows in one forward and backward: less takes less memory
+    num_epochs: PositiveInt = 1             # passes over the training questions
+    max_steps: NonNegativeInt | None = None  # length of the run (default: that of the epochs; 0: evaluate and exit)
+    examples_per_step: PositiveInt = 16     # questions per step, over all ranks
+    num_samples: Annotated[int, Ge(2)] = 16  # completions sampled per question
+    max_new_tokens: PositiveInt = 256       # length limit of a completion, in tokens
+    temperature: PositiveFloat = 1.0        # of sampling in training
+    top_k: NonNegativeInt = 50              # sample from the k likeliest tokens, in evaluation too (0: from all)
+    rollout_batch_size: PositiveInt = 256   # rows sampled at once, rounded up to whole groups
+    device_batch_size: PositiveInt = 8      # rows in one forward and backward: less takes less memory
     recompute: bool = False                 # compute blocks again in the backward: slower, in less memory
-    updates_per_rollout: int = 1            # optimizer steps that a rollout is dealt out to
-    clip: tuple[float, ...] = ()            # PPO's clip of the ratio, such as 0.2, or 0.2 0.28 for low and high
-    max_ratio: float = 0.0                  # leave out updates with a mean ratio, or inverse, above this (0: none)
-    grad_clip: float = 0.0                  # cut the gradient to this norm (0: off)
-    embedding_lr: float = 0.2               # learning rate of the embeddings (Adam)
-    unembedding_lr: float = 0.004           # learning rate of the unembedding (Adam)
-    matrix_lr: float = 0.02                 # learning rate of the matrices (Muon in nanochat's models, else Adam)
-    weight_decay: float = 0.0               # of the embedding and the unembedding
-    init_lr_frac: float = 0.05              # all rates start at this fraction
+    updates_per_rollout: PositiveInt = 1    # optimizer steps that a rollout is dealt out to
+    clip: Annotated[tuple[PositiveFloat, ...], MaxLen(2)] = ()  # PPO's, of the ratio: 0.2, or low and high, 0.2 0.28
+    max_ratio: NonNegativeFloat = 0.0       # leave out updates with a mean ratio, or inverse, above this (0: none)
+    grad_clip: NonNegativeFloat = 0.0       # cut the gradient to this norm (0: off)
+    embedding_lr: NonNegativeFloat = 0.2    # learning rate of the embeddings (Adam)
+    unembedding_lr: NonNegativeFloat = 0.004  # learning rate of the unembedding (Adam)
+    matrix_lr: NonNegativeFloat = 0.02      # learning rate of the matrices (Muon in nanochat's models, else Adam)
+    weight_decay: NonNegativeFloat = 0.0    # of the embedding and the unembedding
+    init_lr_frac: NonNegativeFloat = 0.05   # all rates start at this fraction
     lr_schedule: Literal["linear", "constant"] = "linear"  # of all rates: linear (to zero) or constant
-    eval_every: int = 60                    # steps between evaluations
-    eval_examples: int = 400                # test questions in an evaluation (0: all)
-    eval_samples: int = 8                   # completions per test question: pass@k for k = 1 … that
-    eval_temperature: float = 1.0           # of sampling in evaluations
-    save_every: int = 60                    # steps between checkpoints
-    keep_last: int = 0                      # checkpoints to keep (0: all; of the optimizer's state at most two)
+    eval_every: PositiveInt = 60            # steps between evaluations
+    eval_examples: NonNegativeInt = 400     # test questions in an evaluation (0: all)
+    eval_samples: PositiveInt = 8           # completions per test question: pass@k for k = 1 … that
+    eval_temperature: PositiveFloat = 1.0   # of sampling in evaluations
+    save_every: PositiveInt = 60            # steps between checkpoints
+    keep_last: NonNegativeInt = 0           # checkpoints to keep (0: all; of the optimizer's state at most two)
     resume: bool = False                    # go on from the last checkpoint of the run of this name, if any
-    seed: int = 42                          # of the order of questions and of sampling
+    seed: NonNegativeInt = 42               # of the order of questions and of sampling
 
-
-LEAST = dict.fromkeys(
-    "num_epochs examples_per_step max_new_tokens rollout_batch_size device_batch_size updates_per_rollout eval_every "
-    "eval_samples save_every".split(), 1
-)
-LEAST |= dict(num_samples=2, temperature=1e-6, eval_temperature=1e-6)  # of all other numbers: 0
 
 # A kind of model, or a task, is a set of defaults for the flags; a flag that is given wins.
 MODELS = {
@@ -174,22 +171,16 @@ TASKS = {
 
 
 def parse_flags(argv: list[str], defaults: dict) -> Flags:
-    """The command line over these defaults. Raises UserError where it cannot be read, and on what would fail late."""
+    """The command line over these defaults. Raises UserError where it cannot be read, or a value is out of range."""
     try:
         with redirect_stderr(io.StringIO()) as told:
-            flags = tyro.cli(Flags, description=__doc__, args=argv, default=Flags(**defaults))
+            return tyro.cli(Flags, description=__doc__, args=argv, default=Flags(**defaults))
     except SystemExit as end:
         if not end.code:                    # --help
             raise
         _, _, box = told.getvalue().partition("\n")
-        raise UserError(re.sub(r"[^!-~]+", " ", box).strip()) from None
-    for name, value in asdict(flags).items():
-        low = LEAST.get(name, 0)
-        if isinstance(value, (int, float)) and not low <= value:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range: the least is {low}")
-    if len(flags.clip) > 2 or not all(0 < x for x in flags.clip) or min(flags.clip, default=0) >= 1:
-        raise UserError("--clip takes one number below 1, such as 0.2, or two, such as 0.2 0.28")
-    return flags
+        text = re.sub(r"[^!-~]+", " ", box).strip()
+        raise UserError(re.sub(r".*for Flags (\S+) (.*?) \[type.*", r"--\1: \2", text)) from None
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
@@ -1428,7 +1419,6 @@ def start(argv: list[str], stack: ExitStack) -> int:
             run, model, state = prepare(argv, stack)
         except UserError as error:
             run = error
-    ranks.wait_for_main()
     run = ranks.from_main(run)
     if isinstance(run, UserError):
         raise run

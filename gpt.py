@@ -80,16 +80,8 @@ class Ranks:
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: dist.Store | None = None
     signal: int = 0                         # the number of the first signal, 0 before it
     signalled: float = 0.0                  # when it came
-
-    def wait_for_main(self) -> None:
-        """Waits until rank 0 has got here, for a week if need be: it may have a model to fetch."""
-        if self.store and self.rank == 0:
-            self.store.set("main", "is here")
-        elif self.store:
-            self.store.wait(["main"], timedelta(days=7))
 
     def all_gather(self, thing: Any) -> list:
         """All ranks' things, which hold no tensors, on every rank."""
@@ -178,12 +170,12 @@ def start_ranks(device_type: str) -> Ranks:
     if device.type == "mps" and size > 1:
         raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
     # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
-    timeout = timedelta(minutes=30)         # of a collective: a rank that waits longer for another takes it for dead
+    timeout = timedelta(hours=3)            # that a rank waits for another, which may have a model to fetch
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return Ranks(device, rank, size, store)
+    return Ranks(device, rank, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

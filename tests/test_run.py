@@ -217,7 +217,7 @@ def refusal(base: Path, capfd, *flags: str) -> str:
         "--examples-per-step=100000", "--num-epochs=0", "--no-such-flag", "--num-samples=two", "--eval-temperature=0",
         "--max-ratio=-1", "--max-ratio=nan", "--updates-per-rollout=0", "--lr-schedule=cosine", "--grad-clip=-1",
         "--num-sample=4", "--keep-last=-1")),
-    *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "1.5", "0.2,0.3")),
+    *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "0.2,0.3")),
     ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
     ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
     *[("--device-type=cuda", ["--device-type"])] * (not torch.cuda.is_available()),
@@ -227,7 +227,7 @@ def refusal(base: Path, capfd, *flags: str) -> str:
 def test_bad_flags(base, capfd, flag, words):
     """A flag that is out of range, or names what is not there, ends the run with status 2 and one line that says so."""
     text = refusal(base, capfd, *SMALL, flag)
-    assert all(word in text for word in words), text
+    assert all(word in text.replace("_", "-") for word in words), text
 
 
 @pytest.mark.parametrize("given, bounds", [([], (0, math.inf)), (["0.2"], (0.8, 1.2)), (["0.2", "0.28"], (0.8, 1.28))])
