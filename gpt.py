@@ -9,10 +9,8 @@ Letters in shapes: P prompts, N samples per prompt, B = P·N rows, T new tokens,
 heads over G key-value heads, R = H / G, D head width, C channels, V vocabulary, L layers, M sampled tokens.
 """
 
-import ast
 import json
 import math
-import operator
 import os
 import pickle
 import re
@@ -31,11 +29,13 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import huggingface_hub
 import numpy
+import pydantic
 import safetensors.torch
 import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -331,31 +331,31 @@ class Cache:
 # The model
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Config:
     """An architecture. The defaults are the plain Llama decoder; a family is a few keywords over them."""
 
-    vocab_size: int                         # ids that can be sampled
-    vocab_rows: int                         # height of the embedding and unembedding tables
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    n_embd: int
-    head_dim: int
-    mlp_width: int
-    max_positions: int                      # of a question and its completion
+    vocab_size: PositiveInt                 # ids that can be sampled
+    vocab_rows: PositiveInt                 # height of the embedding and unembedding tables
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_kv_head: PositiveInt
+    n_embd: PositiveInt
+    head_dim: PositiveInt
+    mlp_width: PositiveInt
+    max_positions: PositiveInt              # of a question and its completion
     tied: bool = False                      # the embedding is the unembedding too
     norm_weights: bool = True
-    norm_eps: float | None = 1e-6           # None: torch's own, of the type
+    norm_eps: PositiveFloat | None = 1e-6   # None: torch's own, of the type
     embed_norm: bool = False                # a norm after the embedding
     gated_mlp: bool = True                  # SwiGLU; else relu²
     qkv_bias: bool = False
     qk_norm: str = ""                       # of q and k, "before" or "after" RoPE
     qk_scale: float = 1.0                   # q and k are multiplied by this
-    rope_base: float = 1e4
+    rope_base: PositiveFloat = 1e4
     rope_sign: int = 1                      # direction in which RoPE turns
     rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in float32 runs too
-    rope_scaling: tuple[float, ...] = ()    # Llama 3.1's: factor, low and high frequency factor, original positions
+    rope_scaling: tuple[PositiveFloat, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, first positions
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
     lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
@@ -412,6 +412,7 @@ FAMILIES = {
     "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
     "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
 }
+ABSENT = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4, layer_types=["full_attention"])
 KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
     "model_type": tuple(FAMILIES),
     "hidden_act": (None, "silu"),
@@ -427,38 +428,29 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
     """The architecture that a config.json describes, for a tokenizer with so many ids. Raises ValueError, naming the
     field, on whatever would be run wrong."""
-
-    def number(name: str, default: float | None = None) -> Any:
-        value = default if raw.get(name) is None else raw[name]
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"config.json: {name} is {value!r}, not a number above 0")
-        return value
-
     family, defaults = FAMILIES.get(raw.get("model_type"), ({}, {}))
+    raw = {name: value for name, value in {**defaults, **raw}.items() if value is not None}
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
-    raw = {**defaults, "rope_type": rope.get("type", "default"), **raw, **rope}
-    raw["layer_types"] = {*(raw.get("layer_types") or ["full_attention"])}
+    raw = {**ABSENT, "rope_type": rope.get("type", "default"), **raw, **rope}
+    raw["layer_types"] = {*raw["layer_types"]}
     for name, known in KNOWN.items():
         if raw.get(name) not in known:
             raise ValueError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
-    layers, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads = number("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads is {heads}, no multiple of {kv_heads}")
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
     return Config(
-        min(vocab_size, number("vocab_size")),
+        min(vocab_size, raw["vocab_size"]),
         vocab_rows=raw["vocab_size"],
-        n_layer=layers,
+        n_layer=raw["num_hidden_layers"],
         n_head=heads,
-        n_kv_head=kv_heads,
+        n_kv_head=raw.get("num_key_value_heads", heads),
         n_embd=width,
-        head_dim=number("head_dim", width // heads),
-        mlp_width=number("intermediate_size"),
-        max_positions=number("max_position_embeddings"),
-        tied=bool(raw.get("tie_word_embeddings")),
-        norm_eps=number("rms_norm_eps", 1e-6),
-        rope_base=number("rope_theta", 1e4),
-        rope_scaling=tuple(map(number, LLAMA3)) if raw["rope_type"] == "llama3" else (),
+        head_dim=raw.get("head_dim", width // heads),
+        mlp_width=raw["intermediate_size"],
+        max_positions=raw["max_position_embeddings"],
+        tied=raw["tie_word_embeddings"],
+        norm_eps=raw["rms_norm_eps"],
+        rope_base=raw["rope_theta"],
+        rope_scaling=tuple(raw[name] for name in LLAMA3) if raw["rope_type"] == "llama3" else (),
         **family,
     )
 
@@ -714,45 +706,20 @@ def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
 # ----------------------------------------------------------------------------------------------------------------------
 # The calculator, tokenizers and chat templates
 
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-
-
-def value_of(node: ast.AST) -> int | float:
-    """The value of parsed arithmetic or of 'text'.count('part'). Raises TypeError or LookupError on all else."""
-    match node:
-        case ast.Constant(int() | float()):
-            return node.value
-        case ast.BinOp():
-            return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
-        case ast.UnaryOp():
-            return OPERATORS[type(node.op)](value_of(node.operand))
-        case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
-            return text.count(part)
-    raise TypeError(f"not arithmetic: {type(node).__name__}")
-
-
 def calculate(expression: str) -> str | None:
     """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
     nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
-    arithmetic = re.fullmatch(r"[0-9+\-*/.() ]+", expression)
-    counting = re.fullmatch(r"[A-Za-z0-9'\"()._ ]+", expression) and ".count(" in expression
-    if len(expression) > 200 or not (arithmetic or counting):
+    if counted := re.fullmatch(r"""(?a)\(?(['"])([\w .()]*)\1\.count\((['"])([\w .()]*)\3\)\)?""", expression):
+        return str(counted[2].count(counted[4]))
+    if len(expression) > 200 or "**" in expression or not re.fullmatch(r"[0-9+\-*/.() ]+", expression):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # the parser's, on what only looks like a number
-            value = value_of(ast.parse(expression, mode="eval").body)
+            value = eval(expression)        # of such characters: nothing that can be called, no power
         if not math.isfinite(value):
             return None
-    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError):
+    except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
     if isinstance(value, int):
         return str(value)

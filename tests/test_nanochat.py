@@ -271,7 +271,7 @@ def test_damaged_file_is_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("text", [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe{}", b'{"model_config": {}}', *(
     json.dumps({"model_config": {**SHAPE, **more}}).encode() for more in (
-        {"bigram": 1}, {"n_layer": "3"}, {"n_head": 0}, {"n_head": 5}, {"n_layer": 4}, {"window_pattern": "?"}))])
+        {"bigram": 1}, {"n_layer": "x"}, {"n_head": 0}, {"n_head": 5}, {"n_layer": 4}, {"window_pattern": "?"}))])
 def test_meta_that_is_none_is_refused(tmp_path, text):
     """A meta file that is no JSON or has another config is refused by a file's name."""
     saved(tmp_path)
