@@ -48,7 +48,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Iterator, Literal
+from typing import Annotated, Any, Callable, Iterable, Iterator, Literal, Sequence
 
 import filelock
 import numpy
@@ -366,7 +366,7 @@ def rollout(
 
 def num_sampled(completions: list[Completion]) -> int:
     """The number of tokens that the policy drew, as opposed to forced ones."""
-    return sum(int(completion.mask.sum()) for completion in completions)
+    return sum(int(completion.sampled.sum()) for completion in completions)
 
 
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
@@ -406,7 +406,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
             questions, completions, advantages = zip(*batch)
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
             logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)
-            sampled_logprobs = numpy.concatenate([c.logprobs[c.mask] for c in completions])
+            sampled_logprobs = numpy.concatenate([c.logprobs[c.sampled] for c in completions])
             sampled_logprobs = torch.from_numpy(sampled_logprobs).to(model.device)
             advantages = torch.tensor(advantages, device=model.device)
             loss_of(logprobs, sampled_logprobs, advantages[owners], flags).sum().backward()
@@ -480,7 +480,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def solved(scores: list[list[float]], k: int) -> tuple[float, float]:
+def solved(scores: Sequence[list[float]], k: int) -> tuple[float, float]:
     """The mean pass@k of questions with these scores, and its standard error (0 for a single one)."""
     values = [pass_at_k(len(row), sum(score >= 1 for score in row), k) for row in scores]
     return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
@@ -501,10 +501,10 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
             answered[name] = groups
             label = f"{name}/" if name else ""
             metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups)
-            shares = {f"pass@{k}": solved([g.scores[:-1] for g in groups], k) for k in range(1, flags.eval_samples + 1)}
-            shares["greedy"] = solved([g.scores[-1:] for g in groups], 1)
-            for key, (share, error) in shares.items():
-                metrics |= {label + key: share, f"{label}{key}_error": error}
+            drawn, likeliest = zip(*((group.scores[:-1], group.scores[-1:]) for group in groups))
+            estimates = {f"pass@{k}": solved(drawn, k) for k in range(1, flags.eval_samples + 1)}
+            for key, (mean, error) in (estimates | {"greedy": solved(likeliest, 1)}).items():
+                metrics |= {label + key: mean, f"{label}{key}_error": error}
     return metrics | {"evaluation_seconds": time.monotonic() - start}, answered
 
 
@@ -1044,9 +1044,7 @@ def progress_bar(total: int, title: str) -> tqdm:
 
 
 def json_lines(records: list[dict]) -> bytes:
-    """Lines of JSON, with null for what is infinite or not a number."""
-    finite = json.loads(json.dumps(records), parse_constant=lambda name: None)
-    return "".join(json.dumps(record) + "\n" for record in finite).encode()
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 PANELS = [                                  # of curve.png: metrics that share a picture; the evaluations have their own
@@ -1100,8 +1098,8 @@ class Log:
             )
 
     def write(self, metrics: dict) -> None:
-        """One more line: the file is always whole."""
-        self.lines.append(json.loads(json_lines([metrics])))
+        """One more line, with null for what is infinite or not a number: the file is always whole."""
+        self.lines.append({key: value if math.isfinite(value) else None for key, value in metrics.items()})
         gpt.write_file(self.path, json_lines(self.lines))
         with self.best_effort():
             if self.wandb:                  # steps that it has seen already it passes over
@@ -1295,13 +1293,13 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
 def find_state(out: Path, step: int | None) -> dict:
     """What the newest optim_<step>.pt that can be read holds, or that of a step where it is there; {} where there is
     none. Raises UserError where there are some and none can be read."""
-    paths = [*out.glob(f"optim_{step or 0:06d}.pt")] or sorted(out.glob("optim_*.pt"), reverse=True)
-    for path in paths:
+    states = {int(path.stem[6:]): path for path in sorted(out.glob("optim_*.pt"), reverse=True)}
+    for path in [states[step]] if step in states else states.values():
         try:
             return gpt.read_state(path)
         except Exception as error:          # damaged files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
-    if paths:
+    if states:
         raise UserError(f"--resume: nothing in {out} can be read: leave out --resume to begin anew")
     say(f"nothing to resume in {out}: beginning anew")
     return {}

@@ -929,7 +929,7 @@ class Completion:
     """What was sampled, token by token (T,), with the stop token where there is one."""
 
     tokens: numpy.ndarray                   # int64
-    mask: numpy.ndarray                     # bool: False where the calculator forced the token
+    sampled: numpy.ndarray                  # bool: False where the calculator forced the token
     logprobs: numpy.ndarray                 # float32: under the policy it was drawn from; 0 where forced
     entropy: float = 0.0                    # of that policy, summed over the sampled tokens, in nats
 
@@ -1033,7 +1033,7 @@ def completion_logprobs(
     """Logprobs (M,) of the completions' sampled tokens, and the row (M,) of each. The entries of `prefix` are their
     questions. Forced tokens are attended to, but have no logprob. The same in any batch, to rounding."""
     tokens = pad([c.tokens for c in completions], model.device)
-    sampled = pad([c.mask for c in completions], model.device)
+    sampled = pad([c.sampled for c in completions], model.device)
     hidden = model(tokens[:, :-1], Cache(prefix))
     hidden = torch.cat([prefix.hidden.unsqueeze(1), hidden], dim=1)  # (B, T, C)
     logprobs = in_pieces(model, policy.logprobs, hidden[sampled], tokens[sampled])
@@ -1370,7 +1370,7 @@ def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recip
 
 
 @dataclass
-class Share:
+class Shard:
     """A parameter that learns, and on the rank that owns it its state: float32 masters, which in float32 are the
     weights, and the optimizer's averages, of which Muon has one."""
 
@@ -1411,7 +1411,7 @@ class Learner:
         """Takes over rank 0's model, which is on a CPU, and whose weights may have any types. Without rates nothing
         learns, and nothing is held but the weights."""
         self.ranks = ranks
-        self.shares = {}
+        self.shards = {}
         config = ranks.from_main(model and model.config)
         theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
         self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
@@ -1432,26 +1432,26 @@ class Learner:
             mine = owner == ranks.rank
             state = {"masters": p.detach().float() if mine else None}
             state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
-            self.shares[name] = Share(p, recipe, owner, state)
+            self.shards[name] = Shard(p, recipe, owner, state)
         self.load_state({"updates": 0, "masters": theirs})
 
     @torch.no_grad()
     def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
-        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its share, at this
+        """Adds up the ranks' gradients, divides them by the number of tokens, and steps, each rank its shard, at this
         fraction of the rates. Returns the norm of the gradient, which is cut to `clip` unless that is 0; where it is
         not finite no step is made."""
-        shares = self.shares.values()
-        for share in shares:
-            self.ranks.add_up(share.p.grad.div_(num_tokens))
-        norm = torch.stack([share.p.grad.norm() for share in shares]).norm().item()
+        shards = self.shards.values()
+        for shard in shards:
+            self.ranks.add_up(shard.p.grad.div_(num_tokens))
+        norm = torch.stack([shard.p.grad.norm() for shard in shards]).norm().item()
         if math.isfinite(norm):
             self.steps += 1
-            for share in shares:
+            for shard in shards:
                 if 0 < clip < norm:
-                    share.p.grad.mul_(clip / norm)
-                if share.owner == self.ranks.rank:
-                    share.step(self.steps, fraction)
-                self.ranks.broadcast(share.p, share.owner)
+                    shard.p.grad.mul_(clip / norm)
+                if shard.owner == self.ranks.rank:
+                    shard.step(self.steps, fraction)
+                self.ranks.broadcast(shard.p, shard.owner)
         return norm
 
     @torch.no_grad()
@@ -1459,26 +1459,26 @@ class Learner:
         """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
         averages, in host memory. The gradients are lost."""
         saved = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        for name, share in self.shares.items():
-            for kind, x in share.state.items():
+        for name, shard in self.shards.items():
+            for kind, x in shard.state.items():
                 if x is not None:
-                    share.p.grad.copy_(x)
-                self.ranks.broadcast(share.p.grad, share.owner)
+                    shard.p.grad.copy_(x)
+                self.ranks.broadcast(shard.p.grad, shard.owner)
                 if self.ranks.rank == 0:
-                    saved[kind][name] = share.p.grad.to("cpu", copy=True)
-            share.p.grad.zero_()
+                    saved[kind][name] = shard.p.grad.to("cpu", copy=True)
+            shard.p.grad.zero_()
         return saved
 
     @torch.no_grad()
     def load_state(self, saved: dict) -> None:
         """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
         self.steps = self.ranks.from_main(saved.get("updates"))
-        for name, share in self.shares.items():
-            for kind, x in share.state.items():
-                share.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
-                self.ranks.broadcast(share.p.grad)
+        for name, shard in self.shards.items():
+            for kind, x in shard.state.items():
+                shard.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
+                self.ranks.broadcast(shard.p.grad)
                 if x is not None:
-                    x.copy_(share.p.grad)
+                    x.copy_(shard.p.grad)
                 if kind == "masters":
-                    share.p.copy_(share.p.grad)
-            share.p.grad.zero_()
+                    shard.p.copy_(shard.p.grad)
+            shard.p.grad.zero_()

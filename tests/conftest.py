@@ -131,7 +131,7 @@ def cpu_learner(model: gpt.GPT, **rates: float) -> gpt.Learner:
 
 def state_of(learner: gpt.Learner, *names: str) -> list[torch.Tensor]:
     """A rank's parts of masters ("masters") and averages ("exp_avg", "exp_avg_sq")."""
-    return [x for share in learner.shares.values() for name, x in share.state.items() if name in names and x is not None]
+    return [x for shard in learner.shards.values() for name, x in shard.state.items() if name in names and x is not None]
 
 
 def weights_of(model: gpt.GPT) -> torch.Tensor:

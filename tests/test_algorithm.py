@@ -46,7 +46,7 @@ def plain_gradient(model: gpt.GPT, groups: list[Group], flags: Flags, tokens: fl
     for group in groups:
         mean = sum(group.rewards) / len(group.rewards)
         for c, reward in zip(group.completions, group.rewards):
-            for logprob, mask, old in zip(plain_logprobs(model, group, c, flags), c.mask, c.logprobs.tolist()):
+            for logprob, mask, old in zip(plain_logprobs(model, group, c, flags), c.sampled, c.logprobs.tolist()):
                 advantage, ratio = reward - mean, torch.exp(logprob - old)
                 if not mask or not advantage:
                     continue
@@ -61,7 +61,7 @@ def plain_gradient(model: gpt.GPT, groups: list[Group], flags: Flags, tokens: fl
 
 
 def sampled_tokens(groups: list[Group]) -> int:
-    return sum(int(c.mask.sum()) for group in groups for c in group.completions)
+    return sum(int(c.sampled.sum()) for group in groups for c in group.completions)
 
 
 def learned(groups: list[Group]) -> list[Group]:
@@ -78,12 +78,12 @@ def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1
     prompts = [tokenizer.render(chat(question)) for question in QUESTIONS[:5]]
     completions = generate(model, tokenizer, prompts, 5, 12, temperature, top_k, seed=(1,))
     one, two, three, four, _ = completions[0]
-    one.tokens[3:6], one.mask[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], False, 0
-    two.tokens[-2:], two.mask[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], False, 0
-    completions[0][2] = completion(three.tokens[:1], three.mask[:1], three.logprobs[:1])
+    one.tokens[3:6], one.sampled[3:6], one.logprobs[3:6] = [tokenizer.output_start, 55, tokenizer.output_end], False, 0
+    two.tokens[-2:], two.sampled[-2:], two.logprobs[-2:] = [tokenizer.output_start, 56], False, 0
+    completions[0][2] = completion(three.tokens[:1], three.sampled[:1], three.logprobs[:1])
     completions[0][3] = completion([tokenizer.assistant_end], [True], [-4.0])
     for c in completions[1][:3]:
-        c.tokens[-1], c.mask[-1] = tokenizer.assistant_end, True
+        c.tokens[-1], c.sampled[-1] = tokenizer.assistant_end, True
     return [Group(example(i, prompt), group, rewards=rewards, advantages=chat_rl.advantages_of(rewards))
             for i, (prompt, group, rewards) in enumerate(zip(prompts, completions, REWARDS))]
 
@@ -138,7 +138,7 @@ def test_nothing_is_computed_twice_or_in_vain(tokenizer, monkeypatch):
         longer = [c.tokens[:-1].tolist() for c in lessons if len(c.tokens) > 1]  # a single token leaves nothing to run
         assert all(sum(row[:len(tokens)] == tokens for row in answered) == 1 for tokens in longer)
         assert len(longer) <= len(answered) <= len(lessons)
-        assert sum(unembedded) == count == sum(int(c.mask.sum()) for c in lessons)
+        assert sum(unembedded) == count == sum(int(c.sampled.sum()) for c in lessons)
 
 
 @pytest.mark.parametrize("clip, kept", [((), {2.0: [1] * 5, -2.0: [1] * 5}), ((0.2,), {2.0: [1, 1, 1, 0, 0], -2.0: [0, 1, 1, 1, 1]}),

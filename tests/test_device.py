@@ -258,7 +258,7 @@ def test_update(tokenizer, generation):
     """The gradient is a CPU's, and the optimizers run, again and without a wait but for the norm's."""
     prompts, model = random_prompts(), talkative(generation)
     completions = generate(model, tokenizer, prompts, 4, 8)
-    completions[0][1].mask[:2] = False
+    completions[0][1].sampled[:2] = False
     groups, flags, reference = groups_of(prompts, completions), chat_rl.Flags(), cpu_learner(talkative(generation))
     chat_rl.backward(reference.model, groups, policy_of(model), flags)
     with FakeGPU() as device:

@@ -102,8 +102,8 @@ def learn(ranks: gpt.Ranks, kind: str, dtype: torch.dtype, folder: Path, begin: 
         learner.load_state(torch.load(path) if ranks.rank == 0 else {})
     for i in range(begin, end):
         gradients(learner, i)
-        for share in learner.shares.values():
-            share.p.grad /= ranks.size
+        for shard in learner.shards.values():
+            shard.p.grad /= ranks.size
         learner.update(2.0, 0.5, 3.0)
     state = learner.save_state()
     sizes = ranks.all_gather(sum(x.nbytes for x in state_of(learner, "masters", "exp_avg", "exp_avg_sq")))
@@ -153,7 +153,7 @@ def test_masters_remember_what_bfloat16_forgets():
 
 def test_an_evaluation_holds_the_weights_alone():
     learner = gpt.Learner(tiny_model(), gpt.Ranks(torch.device("cpu")), torch.float32, None)
-    assert not learner.shares and all(p.grad is None for p in learner.model.parameters())
+    assert not learner.shards and all(p.grad is None for p in learner.model.parameters())
     assert torch.equal(weights_of(learner.model), weights_of(tiny_model()))
 
 

@@ -60,7 +60,7 @@ def shift_logprobs(patch: pytest.MonkeyPatch) -> None:
     def shifted(*args: Any, **more: Any) -> list[list[gpt.Completion]]:
         groups = generate(*args, **more)
         for c in sum(groups, []):
-            c.logprobs[c.mask] += SHIFT
+            c.logprobs[c.sampled] += SHIFT
         return groups
 
     patch.setattr(gpt, "generate", shifted)
@@ -208,7 +208,7 @@ def test_the_script_is_all_there(rollouts):
     completions = [c for group in groups for c in group.completions]
     assert {c.tokens[-1] for c in completions} >= {ASSISTANT_END, BOS} and max(len(c.tokens) for c in completions) == LENGTH
     assert sum(c.tokens.tolist().count(OUTPUT_START) for c in completions) > 9
-    assert any(not c.mask[-1] for c in completions) and sum(not all(c.mask) for c in completions) > 9
+    assert any(not c.sampled[-1] for c in completions) and sum(not all(c.sampled) for c in completions) > 9
     lowest, highest = ([f(group.scores) for group in groups] for f in (min, max))
     assert set(lowest) == {0.0, 0.5, 1.0} and 0.5 in highest and 0 < lowest.count(1.0) < len(groups) / 2
     assert len({len(c.tokens) for c in completions}) > 4
@@ -219,14 +219,14 @@ def test_metrics_of_the_steps(whole, rollouts):
     assert [line["step"] for line in whole.steps] == [0, 1]
     for line, groups in zip(whole.steps, rollouts, strict=True):
         completions = [c for group in groups for c in group.completions]
-        tokens, learned = sum(len(c.tokens) for c in completions), sum(sum(c.mask) for c in completions)
+        tokens, learned = sum(len(c.tokens) for c in completions), sum(sum(c.sampled) for c in completions)
         wanted = {"reward": statistics.fmean(score for group in groups for score in group.scores),
                   "all_right": sum(set(group.scores) == {1.0} for group in groups) / EXAMPLES,
                   "all_wrong": sum(1.0 not in group.scores for group in groups) / EXAMPLES,
                   "completion_length": tokens / (EXAMPLES * SAMPLES),
                   "truncated": sum(c.tokens[-1] not in (ASSISTANT_END, BOS) for c in completions) / (EXAMPLES * SAMPLES),
                   "entropy": sum(c.entropy for c in completions) / learned, "grader_timeouts": 0, "lr_fraction": FRACTION * (1 - line["step"] / 2),
-                  "advantage_tokens": sum(sum(c.mask) for g in groups for c, a in zip(g.completions, g.advantages) if a) / learned,
+                  "advantage_tokens": sum(sum(c.sampled) for g in groups for c, a in zip(g.completions, g.advantages) if a) / learned,
                   "sampler_gap": SHIFT, "ratio_max": math.exp(SHIFT), "approx_kl": math.exp(-SHIFT) - 1 + SHIFT,
                   "clip_fraction": 0, "updates_left_out": 0}
         assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=0, abs=2e-5)
@@ -263,12 +263,12 @@ def gradients(state: dict, groups: list[SimpleNamespace]) -> dict[str, Tensor]:
     """Of the loss, in float64: each completion alone, over the tokens that were sampled in the whole step. Where the policy is
     e^−SHIFT of what it was, so is the ratio's gradient of the logprob's."""
     state = {name: x.double().requires_grad_() for name, x in state.items()}
-    loss, learned = 0.0, sum(sum(c.mask) for group in groups for c in group.completions)
+    loss, learned = 0.0, sum(sum(c.sampled) for group in groups for c in group.completions)
     for group in groups:
         prompt = prompt_of(group.row)
         for c, advantage in zip(group.completions, group.advantages):
             rows = reference_logits(state, CONFIG, prompt + c.tokens.tolist())[len(prompt) - 1:-1]
-            for row, token, mask in zip(rows, c.tokens.tolist(), c.mask):
+            for row, token, mask in zip(rows, c.tokens.tolist(), c.sampled):
                 if mask and advantage:
                     p, ids = policy(row, TEMPERATURE, TOP_K)
                     loss = loss - advantage * math.exp(-SHIFT) * p[ids.index(token)] / learned

@@ -39,7 +39,7 @@ def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temp
 
 
 def assert_same(mine: gpt.Completion, other: gpt.Completion) -> None:
-    assert mine.tokens.tolist() == other.tokens.tolist() and mine.mask.tolist() == other.mask.tolist()
+    assert mine.tokens.tolist() == other.tokens.tolist() and mine.sampled.tolist() == other.sampled.tolist()
     assert mine.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
 
 
