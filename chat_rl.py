@@ -730,13 +730,6 @@ def number(text: str) -> Decimal | None:
     return Decimal(value) if NUMBER.fullmatch(value) and "_" not in unit else None
 
 
-def expression(text: str) -> str | None:
-    """An answer that can be compared in a second or so, by its size, depth and powers; None where it cannot."""
-    latex = clean(text)
-    heights = map(int, re.findall(r"[)}\]]\s*\^\D{0,4}([1-9]\d*)", latex))     # to which brackets are raised
-    return latex if not HEAVY.search(latex) and math.prod(heights) <= 20 else None
-
-
 def serve() -> None:
     """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
     are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
@@ -799,14 +792,21 @@ def math_server() -> subprocess.Popen:
     return server
 
 
+def expression(text: str) -> str | None:
+    """An answer that can be compared in a second or so, by its size, depth and powers; None where it cannot. Raises
+    UserError where none can."""
+    math_server()
+    latex = clean(text)
+    heights = map(int, re.findall(r"[)}\]]\s*\^\D{0,4}([1-9]\d*)", latex))     # to which brackets are raised
+    return latex if not HEAVY.search(latex) and math.prod(heights) <= 20 else None
+
+
 @lru_cache(10_000)
 def same_value(reference: str, answer: str) -> bool:
     """Whether two expressions are mathematically equal (github.com/huggingface/Math-Verify). Those that take too long
     are not, and counted in same_math.timeouts."""
     if reference == answer or (reference + answer).isdecimal():
         return reference == answer
-    if math_server().poll() is not None:    # it has died
-        math_server.cache_clear()
     server, reply = math_server(), ""
     try:
         with suppress(BrokenPipeError):
@@ -816,6 +816,7 @@ def same_value(reference: str, answer: str) -> bool:
         if not reply:                       # it took too long, or the run was interrupted: no other may get this reply
             server.kill()
             server.wait()
+            math_server.cache_clear()
     same_math.timeouts += not reply
     return reply == "1\n"
 
@@ -848,33 +849,29 @@ def literal(reference: str) -> bool:
 
 @dataclass(frozen=True)
 class Grader:
-    """Where the reference and a completion say what counts, how it is read there, and when the two are equal."""
+    """Where a completion says what counts, how that is read there and in the reference, and when the two are equal."""
 
-    in_reference: Callable[[str], str]
-    in_text: Callable[[str], str]
+    in_text: Callable[[str], str]           # str: all of it, but not what the prompt holds of the reply
     read: Callable[[str], Any]              # None where it cannot be read
     equal: Callable[[Any, Any], bool] = operator.eq
-    marks: bool = True                      # it looks for marks, also in what the prompt holds of the reply
-    ready: Callable[[], Any] = bool         # raises UserError where what it needs is missing
 
     def reads(self, reference: str) -> bool:
-        self.ready()
-        return self.read(self.in_reference(reference)) is not None
+        return self.read(final(reference)) is not None
 
     def __call__(self, reference: str, text: str) -> float:
         """Whether they are equal, 1.0 or 0.0, whatever a model wrote. A thought that never ends holds no answer."""
         thought, end, rest = text.rpartition("</think>")
         answer = self.in_text(rest.partition("<think>")[0]) or self.in_text(thought + end)
-        right, said = self.read(self.in_reference(reference)), self.read(answer)
+        right, said = self.read(final(reference)), self.read(answer)
         return float(None not in (right, said) and self.equal(right, said))
 
 
 GRADERS: dict[str, Callable[[str, str], float]] = {
-    "exact": Grader(str, str, spelled, marks=False),
-    "number": Grader(final, after_marks, number),
-    "boxed-number": Grader(final, last_box, number),
-    "boxed-math": Grader(final, last_box, expression, same_math, ready=math_server),
-    "tagged-number": Grader(final, last_answer, number),
+    "exact": Grader(str, spelled),
+    "number": Grader(after_marks, number),
+    "boxed-number": Grader(last_box, number),
+    "boxed-math": Grader(last_box, expression, same_math),
+    "tagged-number": Grader(last_answer, number),
 }
 
 
@@ -987,7 +984,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             messages = messages_of(question, before, flags.suffix)
             prompt = tokenizer.encode_raw(question) if flags.raw_prompt else tokenizer.render(messages)
         thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
-        opening = (thought + flags.prefill) * getattr(grader, "marks", True)
+        opening = (thought + flags.prefill) * (getattr(grader, "in_text", None) is not str)
         prompt += tokenizer.encode(flags.prefill)
         fits = len(prompt) <= limit
         long += not fits
@@ -1182,8 +1179,8 @@ class Log:
             axes.set_prop_cycle(None)       # the same colours again
             axes.plot(steps.rolling(10, min_periods=1).mean(), label=keys)
             axes.legend()
-            low, high = axes.dataLim.intervaly
-            axes.set(xlabel="step", ylim=(min(low, 0), 1.05 * max(high, 0.01)))
+            axes.axhline(0, alpha=0)        # in the picture
+            axes.set_xlabel("step")
         tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
         tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
@@ -1274,10 +1271,8 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
     home = base / "chatsft_checkpoints"
     tags = {path.parent.name: path.parent.stat().st_mtime for path in home.glob("*/model_*.pt")}
 
-    def size_and_age(tag: str) -> tuple:
-        return [int(depth) for depth in re.findall(r"^d(\d+)", tag)], tags[tag]
-
-    tag = tag or max(tags, key=size_and_age, default="starter")  # as nanochat chooses: the largest d<N>, or the newest
+    sizes = {tag: ([*map(int, re.findall(r"^d(\d+)", tag))], age) for tag, age in tags.items()}
+    tag = tag or max(sizes, key=sizes.get, default="starter")  # as nanochat chooses: the largest d<N>, or the newest
     if tag in (*tags, "starter"):
         return str(home / tag), tag
     path = Path(tag).expanduser().resolve()

@@ -40,7 +40,9 @@ def load(tokenizer):
     """The training and test questions of a task."""
     def load(task: str, data: Path | str | None = None, limit: int = 10**6, **flags) -> tuple:
         given = {**TASKS[task], **flags, **({} if data is None else {"data": str(data)})}
-        return chat_rl.load_task(Flags(task=task, **given), tokenizer, limit)
+        settings = Flags(task=task)
+        vars(settings).update(given)        # a grader too that is no choice of --grader
+        return chat_rl.load_task(settings, tokenizer, limit)
     return load
 
 
