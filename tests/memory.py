@@ -201,14 +201,14 @@ def fitting(job: Job) -> Job | None:
 
 def table() -> str:
     """README's: GB in bfloat16, 16 samples to a question, with the flags' defaults, and the flags that fit."""
-    names = ["weights", "gradient", "masters and averages", *stages(Job(QWEN_1_5B)), "peak"]
-    head = ["model", "GPUs", *names, "fits with"]
+    names = ["weights", "gradient", "masters and averages", *stages(Job(QWEN_1_5B))]
+    head = ["model", "GPUs", *names, "fits with (GB)"]
     lines = [head, ["---"] * len(head)]
     for name, (config, top_k, counts) in MODELS.items():
         for ranks in counts:
             job = Job(config, ranks=ranks, top_k=top_k)
             found = fitting(job)
-            parts = {**held(job), **stages(job), "peak": peak(job)}
+            parts = {**held(job), **stages(job)}
             parts["weights"] += parts["base of adapters"]
             flags = "does not"
             if found:
