@@ -881,7 +881,7 @@ GRADERS: dict[str, Callable[[str, str], float]] = {
 
 def make_sums() -> dict:
     """Sums of two numbers below 100. Those of the test are held out in both orders."""
-    pairs = numpy.random.default_rng(0).permutation([*itertools.product(range(100), repeat=2)]).tolist()
+    pairs = [divmod(i, 100) for i in permutation(10_000, 0)]
     held_out = {frozenset(pair) for pair in pairs[:400]}
     splits = {"test": pairs[:400], "train": [pair for pair in pairs if frozenset(pair) not in held_out]}
     return {
@@ -976,7 +976,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
     found, where = load_records(place), f"{splits[0]} of {place}"
     records = next((found[split] for split in splits if split in found), [])
     examples, long, words = [], 0, 0
-    for i in numpy.random.default_rng(42).permutation(len(records)).tolist():  # as Dataset.shuffle(seed=42) does
+    for i in permutation(len(records), 42):  # as Dataset.shuffle(seed=42) does
         with gpt.blaming(f"row {i} of {where} cannot be used", SHAPES):
             question = value_in(records[i], flags.prompt_key) or ""
             references = references_in(value_in(records[i], flags.answer_key))
@@ -1040,8 +1040,8 @@ def progress_bar(total: int, title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
-def json_lines(records: list[dict]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+def write_lines(path: Path, records: list[dict]) -> None:
+    gpt.write_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 PANELS = [                                  # of curve.png: metrics that share a picture; the evaluations have their own
@@ -1097,7 +1097,7 @@ class Log:
     def write(self, metrics: dict) -> None:
         """One more line, with null for what is infinite or not a number: the file is always whole."""
         self.lines.append({key: value if math.isfinite(value) else None for key, value in metrics.items()})
-        gpt.write_file(self.path, json_lines(self.lines))
+        write_lines(self.path, self.lines)
         with self.best_effort():
             if self.wandb:                  # steps that it has seen already it passes over
                 self.wandb.log(self.lines[-1], step=metrics["step"])
@@ -1161,7 +1161,7 @@ class Log:
             for data, answered in groups.items()
             for group in answered
         ]
-        gpt.write_file(self.out / name, json_lines(records))
+        write_lines(self.out / name, records)
         return records
 
     def plot(self) -> None:
@@ -1269,33 +1269,34 @@ def make_starter(folder: Path) -> None:
 def find_source(tag: str, base: Path) -> tuple[str, str]:
     """What --model-tag names, a folder or a name on the hub, and the name of its runs. Raises UserError."""
     home = base / "chatsft_checkpoints"
-    tags = {path.parent.name: path.parent.stat().st_mtime for path in home.glob("*/model_*.pt")}
-
-    sizes = {tag: ([*map(int, re.findall(r"^d(\d+)", tag))], age) for tag, age in tags.items()}
-    tag = tag or max(sizes, key=sizes.get, default="starter")  # as nanochat chooses: the largest d<N>, or the newest
-    if tag in (*tags, "starter"):
+    ages = {"starter": 0.0} | {path.parent.name: path.parent.stat().st_mtime for path in home.glob("*/model_*.pt")}
+    sizes = {tag: ([*map(int, re.findall(r"^d(\d+)", tag))], age) for tag, age in ages.items()}
+    tag = tag or max(sizes, key=sizes.get)  # as nanochat chooses: the largest d<N>, or the newest
+    if tag in sizes:
         return str(home / tag), tag
     path = Path(tag).expanduser().resolve()
     if path.is_dir():
         return str(path), path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag):
         return tag, tag.partition("/")[2]
-    known = ", ".join(sorted({*tags, "starter"}))
-    raise UserError(f"no model tag {tag} in {home}: choose one of {known}, a folder with model_*.pt or config.json and "
-                    "*.safetensors, or a hub name")
+    raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(sizes))}, a folder with model_*.pt or "
+                    "config.json and *.safetensors, or a hub name")
 
 
 def find_state(out: Path, step: int | None) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step where it is there; {} where there is
-    none. Raises UserError where there are some and none can be read."""
-    states = {int(path.stem[6:]): path for path in sorted(out.glob("optim_*.pt"), reverse=True)}
-    for path in [states[step]] if step in states else states.values():
+    """What the newest optim_<step>.pt that can be read holds, or that of a step, unless the run began from its source's
+    checkpoint of that number; {} where there is none. Raises UserError where there are some, but not that."""
+    paths = sorted(out.glob("optim_*.pt"), reverse=True)
+    for path in paths:
         try:
-            return gpt.read_state(path)
+            state = gpt.read_state(path)
         except Exception as error:          # damaged files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
-    if states:
-        raise UserError(f"--resume: nothing in {out} can be read: leave out --resume to begin anew")
+            continue
+        if step in (None, state["step"], state["source_step"]):
+            return state
+    if paths:
+        raise UserError(f"--resume: nothing to go on from in {out} can be read: leave out --resume to begin anew")
     say(f"nothing to resume in {out}: beginning anew")
     return {}
 
@@ -1340,11 +1341,12 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
     source, name = find_source(given.model_tag, base)
     out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
-    if Path(source).is_relative_to(out) and not given.resume:
+    if Path(source).is_relative_to(out) and not (given.resume and any(out.glob("optim_*.pt"))):
         out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
     state = find_state(out, given.model_step) if given.resume else {}
-    begun = {"argv": [], "kind": "", "source": source, "source_step": given.model_step}
-    state = {**begun, "wandb_id": os.urandom(4).hex(), "step": 0, **state}
+    newest = max(gpt.checkpoint_steps(Path(source)), default=None)
+    begun = {"source": source, "source_step": newest if given.model_step is None else given.model_step}
+    state = {"argv": [], "kind": "", **begun, "wandb_id": os.urandom(4).hex(), "step": 0, **state}
     if state["step"]:
         say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
     before, argv = parse_flags(state["argv"], {}), state["argv"] + argv
@@ -1353,12 +1355,13 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
-    if name == "starter" and not state["step"] and not gpt.checkpoint_steps(Path(place)):
+    starter = Path(place) == base / "chatsft_checkpoints" / "starter"
+    if starter and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
-    found = "starter" if name == "starter" else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    found = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
     kind = state["kind"] or found
     flags = settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
@@ -1436,8 +1439,8 @@ def main(argv: list[str]) -> int:
                     "where it learns, or --recompute, and go on with --resume")
         except KeyboardInterrupt:           # before a run listens
             status = 128 + signal.SIGINT
-        except UserError as error:          # of all ranks
-            text, status = f"{error}" * main_rank(), 2
+        except UserError as error:          # of all ranks: said once on each machine
+            text, status = f"{error}" * (os.environ.get("LOCAL_RANK", "0") == "0"), 2
         except (OSError, FloatingPointError) as error:
             text = f"{error}: mend that, and go on with --resume"
     if text:

@@ -99,10 +99,7 @@ class Ranks:
 
     def from_main(self, thing: Any) -> Any:
         """Rank 0's thing, which holds no tensors, on every rank."""
-        box = [thing]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
+        return self.all_gather(thing if self.rank == 0 else None)[0]
 
     def add_up(self, tensor: Tensor) -> None:
         """Overwrites the ranks' tensors with their sum."""
@@ -151,9 +148,10 @@ def find_device(device_type: str) -> torch.device:
     if device.type not in ("cpu", best.type):
         raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best.type}")
     if device.type == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs: start as many processes, by --nproc_per_node")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        with blaming(f"there is no {device}", "start as many processes as there are GPUs, by --nproc_per_node"):
-            torch.cuda.set_device(device)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -163,15 +161,12 @@ def start_ranks(device_type: str) -> Ranks:
     device = find_device(device_type)
     if "RANK" not in os.environ:
         return Ranks(device)
-    missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing:
-        raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start with torchrun, or unset RANK")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(hours=3)            # that a rank waits for another, which may have a model to fetch
+    with blaming("RANK is set, but the other processes cannot be reached", "start with torchrun, or unset RANK"):
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if device.type == "mps" and size > 1:
         raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
     # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
-    timeout = timedelta(hours=3)            # that a rank waits for another, which may have a model to fetch
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -202,8 +197,7 @@ class Prefix(NamedTuple):
     def backward(self, leaves: "Prefix") -> None:
         """Sends the gradients that the leaves have collected back through the questions."""
         reached = [(x, leaf.grad) for x, leaf in zip(self, leaves) if leaf.grad is not None]
-        tensors, gradients = zip(*reached)
-        torch.autograd.backward(tensors, gradients)
+        torch.autograd.backward(*zip(*reached))
 
 
 def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
@@ -555,10 +549,10 @@ class MLP(nn.Module):
         super().__init__()
         C = config.n_embd
         W = config.mlp_width
-        rank = config.lora_rank
-        self.c_fc = Linear(C, W, rank=rank)
-        self.c_gate = Linear(C, W, rank=rank) if config.gated_mlp else None
-        self.c_proj = Linear(W, C, rank=rank)
+        linear = partial(Linear, rank=config.lora_rank)
+        self.c_fc = linear(C, W)
+        self.c_gate = linear(C, W) if config.gated_mlp else None
+        self.c_proj = linear(W, C)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c_fc(x)
@@ -626,10 +620,6 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.wte.weight.dtype
-
     @torch.no_grad()
     def init_weights(self, seed: int) -> "GPT":
         """Random matrices to train from, as large as nanochat makes them."""
@@ -647,10 +637,10 @@ class GPT(nn.Module):
         cache = cache or Cache()
         config = self.config
         queries, keys = cache.extend(ids)
-        rope = rope_of(config, queries, self.dtype)
-        windows = config.windows or (2**30,) * config.n_layer
-        masks = {window: mask_of(queries, keys, window, self.dtype) for window in set(windows)}
         x = self.transformer.wte(ids)
+        rope = rope_of(config, queries, x.dtype)
+        windows = config.windows or (2**30,) * config.n_layer
+        masks = {window: mask_of(queries, keys, window, x.dtype) for window in set(windows)}
         if config.embed_norm:
             x = F.rms_norm(x, x.shape[-1:])
         last, cache.last = cache.last, x

@@ -126,7 +126,7 @@ def example(index: int, prompt: list[int], grader: str = "exact", references: tu
 
 
 def cpu_learner(model: gpt.GPT, **rates: float) -> gpt.Learner:
-    return gpt.Learner(deepcopy(model), gpt.Ranks(torch.device("cpu")), model.dtype, chat_rl.Flags(**rates))
+    return gpt.Learner(deepcopy(model), gpt.Ranks(torch.device("cpu")), next(model.parameters()).dtype, chat_rl.Flags(**rates))
 
 
 def state_of(learner: gpt.Learner, *names: str) -> list[torch.Tensor]:

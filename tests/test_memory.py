@@ -57,7 +57,7 @@ def sampled(job: Job, model: gpt.GPT, questions: int, samples: int, top_k: int) 
 def measure(ranks: gpt.Ranks, job: Job, file: Path) -> None:
     """On a rank: bytes of what it holds, by part, and the peaks of what it does."""
     model = model_of(job)
-    learner = gpt.Learner(None if ranks.rank else model, ranks, model.dtype, chat_rl.Flags())
+    learner = gpt.Learner(None if ranks.rank else model, ranks, next(model.parameters()).dtype, chat_rl.Flags())
     kinds = ["masters", "exp_avg", "exp_avg_sq"][job.itemsize == 4 :]
     parts = {
         "weights": sum(p.nbytes for p in learner.model.parameters() if p.requires_grad),

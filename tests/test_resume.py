@@ -191,8 +191,9 @@ def test_damaged_and_hostile_states_are_passed_over(finished, tmp_path, capfd):
         assert f"passing over {states[1]}" in said and "step 11/11" in said and not bad.path.exists()
     states[0].write_bytes(b"")
     before = {path: path.read_bytes() for path in out(finished).iterdir()}
-    assert main(finished, *RUN, "--resume") == 2
-    assert f"nothing in {out(finished)} can be read" in capfd.readouterr().err
+    for more in ([], ["--model-step=11"]):
+        assert main(finished, *RUN, "--resume", *more) == 2
+        assert f"nothing to go on from in {out(finished)} can be read" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in out(finished).iterdir()} == before
 
 
