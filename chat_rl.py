@@ -1104,13 +1104,15 @@ class Log:
         for key, value in metrics.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(key, value, metrics["step"])
 
+    def history(self, key: str) -> list:
+        """The values of a metric so far."""
+        return [line[key] for line in self.lines if line.get(key) is not None]
+
     def seconds_left(self, run: Run) -> float:
         """After a step: as many steps as are left, each as long as the mean of the last ten, and evaluations."""
-        steps = [line["rollout_seconds"] + line["update_seconds"] for line in self.lines if "reward" in line][-10:]
-        evaluations = [line["evaluation_seconds"] for line in self.lines if "evaluation_seconds" in line]
-        left = run.num_steps - run.step - 1
-        number = math.ceil(run.num_steps / run.flags.eval_every) - run.step // run.flags.eval_every
-        return left * statistics.fmean(steps) + number * [0.0, *evaluations][-1]
+        step = sum(statistics.fmean(self.history(key)[-10:]) for key in ("rollout_seconds", "update_seconds"))
+        evaluations = math.ceil(run.num_steps / run.flags.eval_every) - run.step // run.flags.eval_every
+        return (run.num_steps - run.step - 1) * step + evaluations * [0.0, *self.history("evaluation_seconds")][-1]
 
     def write_step(self, run: Run, metrics: dict, groups: list[Group]) -> None:
         """The metrics, and in steps that begin with an evaluation every completion too; says how it goes."""
@@ -1125,7 +1127,7 @@ class Log:
         if not math.isfinite(metrics["grad_norm"]):
             text += "  a gradient is not finite: its update is left out"
         say(text)
-        learned = [line["advantage_tokens"] for line in self.lines if "advantage_tokens" in line]
+        learned = self.history("advantage_tokens")
         if len(learned) == 10 and not any(learned):
             say("all rewards of a question agreed so far, so there is nothing to learn from: try a few-shot prefix "
                 "(--few-shot), a larger --num-samples, or an easier task; where all are right, a harder one")
@@ -1137,18 +1139,17 @@ class Log:
         completion of the first question of each that has both."""
         self.write({"step": run.step, **metrics})
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
-        records = self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
-        for name in groups:
-            answered = [record for record in records if record["data"] == name]
-            both = (record for record in answered if min(record["scores"]) < 1 <= max(record["scores"]))
-            record = next(both, answered[0])
-            shown = {"question": record["question"], "reference": final(record["reference"])}
-            shown |= {"right" if s >= 1 else "wrong": text for s, text in zip(record["scores"], record["completions"])}
+        self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
+        for answered in groups.values():
+            both = (group for group in answered if min(group.scores) < 1 <= max(group.scores))
+            group = next(both, answered[0])
+            shown = {"question": group.example.question, "reference": final(group.example.references[0])}
+            shown |= {"right" if score >= 1 else "wrong": text for score, text in zip(group.scores, group.texts)}
             for title, text in shown.items():
                 say(f"  {title:9}  {textwrap.shorten(text, 600, placeholder=' …')}")
         self.plot()
 
-    def write_samples(self, name: str, groups: dict[str, list[Group]]) -> list[dict]:
+    def write_samples(self, name: str, groups: dict[str, list[Group]]) -> None:
         records = [
             {
                 "data": data,
@@ -1162,7 +1163,6 @@ class Log:
             for group in answered
         ]
         write_lines(self.out / name, records)
-        return records
 
     def plot(self) -> None:
         """Draws curve.png anew: the metrics of the steps with their means over ten of them, and the evaluations with
@@ -1190,7 +1190,7 @@ class Log:
         """Says what the run has changed, and where to look."""
         if interrupted:
             say(f"interrupted after step {run.step} of {run.num_steps}: go on with --resume")
-        rewards = [line["reward"] or 0.0 for line in self.lines if "reward" in line]
+        rewards = self.history("reward")
         tests = [describe_evaluation(line) for line in self.lines if evaluation_keys(line)]
         if rewards and tests:
             say(f"before  {tests[0]}\nafter   {tests[-1]}\nreward  {rewards[0]:.3f} → {rewards[-1]:.3f}")

@@ -124,28 +124,6 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     print("  rollout seconds       " + "".join(f"{t:9.2f}" for t in times))
     print(f"  cache                 {(P * PROMPT + P * N * NEW) * kv / 2 ** 20:.0f} MiB for P·Lp + B·T positions; "
           f"B·(Lp + T) would be {P * N * (PROMPT + NEW) * kv / 2 ** 20:.0f} MiB")
-    for name, halves in (("no row stops", False), ("half of the rows stop every 8 tokens", True)):
-        print(f"  {name:37} {seconds(lambda: stopping_rollout(model, tokenizer, prompts, policy, halves), 1):9.2f} s")
-
-
-def stopping_rollout(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list, policy: gpt.Policy, halves: bool) -> None:
-    """A rollout whose rows stop at scripted places, which take the place of what is drawn."""
-    draw, count = gpt.Policy.draw, [0]
-    tokenizer.stops = (VOCAB - 1,)
-
-    def scripted(*args) -> torch.Tensor:
-        drawn = draw(*args)
-        drawn[0].clamp_(max=VOCAB - 2)
-        count[0] += 1
-        if halves and count[0] % 8 == 0:
-            drawn[0, ::2] = VOCAB - 1
-        return drawn
-
-    gpt.Policy.draw = scripted
-    try:
-        gpt.generate(model, tokenizer, prompts, N, NEW, policy)
-    finally:
-        gpt.Policy.draw, tokenizer.stops = draw, ()
 
 
 def against_transformers(depth: int, width: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -78,14 +78,6 @@ def test_files_that_readme_names_are_there():
         assert (ROOT / target).exists(), target
 
 
-def test_public_functions_have_docstrings():
-    """Every public function and class of gpt.py that takes more than a line has a docstring."""
-    for node in ast.parse((ROOT / "gpt.py").read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno > 6 and node.name not in (
-                "Attention", "Block", "MLP"):
-            assert ast.get_docstring(node), node.name
-
-
 def test_the_bench_runs(monkeypatch, capsys):
     """All that tests/bench.py measures, each once and on a small model."""
     import bench
@@ -99,7 +91,7 @@ def test_the_bench_runs(monkeypatch, capsys):
     bench.measure(2, 64, torch.device("cpu"), torch.float32)
     bench.against_transformers(2, 64, torch.device("cpu"), torch.float32)
     said = capsys.readouterr().out
-    assert "no row stops" in said and "half of the rows stop" in said and "transformers.generate" in said
+    assert "rollout seconds" in said and "transformers.generate" in said
 
 
 def test_torchrun_waits_for_a_save():
