@@ -8,7 +8,6 @@ and values that are read over the rate of a large copy, both measured here; that
 --transformers times `generate` of that library on the same Llama-shaped weights instead.
 """
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -157,9 +156,6 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {dtype}")
     for depth, width in ((4, 256), (8, 512)):
         work(depth, width, device, dtype)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else host
-    print(f"\npeak memory {peak / 2 ** 20:,.0f} MiB")
 
 
 if __name__ == "__main__":

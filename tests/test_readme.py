@@ -1,5 +1,4 @@
 """README: its experiments are applied and run, its tables are held against the code."""
-import ast
 import json
 import re
 import shutil
