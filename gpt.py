@@ -142,15 +142,17 @@ class Ranks:
 
 
 def find_device(device_type: str) -> torch.device:
-    """The device of that type, by default the best there is. Raises UserError where it is not there."""
+    """One of that type, by default of the best that there is, for this process. Raises UserError where there are fewer
+    than processes."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(device_type or best)
-    if device.type not in ("cpu", best.type):
-        raise UserError(f"--device-type {device_type} is not on this machine: leave the flag out to use {best.type}")
-    if device.type == "cuda":
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise UserError(f"there are {torch.cuda.device_count()} GPUs: start as many processes, by --nproc_per_node")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    kind = device_type or best.type
+    if kind == "cpu":
+        return torch.device(kind)
+    count = torch.accelerator.device_count() if kind == best.type else 0
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
+        raise UserError(f"--device-type {kind}: there are {count} here: start as many processes, or take another type")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    if kind == "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -164,8 +166,6 @@ def start_ranks(device_type: str) -> Ranks:
     timeout = timedelta(hours=3)            # that a rank waits for another, which may have a model to fetch
     with blaming("RANK is set, but the other processes cannot be reached", "start with torchrun, or unset RANK"):
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    if device.type == "mps" and size > 1:
-        raise UserError("--device-type mps runs in one process: start it with python, or take --device-type cpu")
     # after a restart torchrun's store still holds what the lost processes wrote: each attempt has its own corner
     store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
