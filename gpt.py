@@ -99,7 +99,10 @@ class Ranks:
 
     def from_main(self, thing: Any) -> Any:
         """Rank 0's thing, which holds no tensors, on every rank."""
-        return self.all_gather(thing if self.rank == 0 else None)[0]
+        box = [thing]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
 
     def add_up(self, tensor: Tensor) -> None:
         """Overwrites the ranks' tensors with their sum."""
