@@ -21,7 +21,8 @@ tokenizers, checkpoints, optimizers) is gpt.py.
 
 Where to change what: a task in TASKS, the reward in reward_of, the baseline in advantages_of, the loss in loss_of, the
 schedule in lr_fraction, the distribution that is sampled from in gpt.Policy, what is logged in summarize, learn, step
-and evaluate, what is drawn in PANELS, a family of models in gpt.FAMILIES, how its weights learn in gpt.recipe_of.
+and evaluate, printed in Log and drawn in PANELS, a family of models in gpt.FAMILIES, KNOWN and NAMES, how weights learn
+in gpt.recipe_of.
 """
 
 from __future__ import annotations
@@ -353,7 +354,7 @@ def rollout(
                 flags.max_new_tokens,
                 policy,
                 seed,
-                keys=[example.index for example in part],
+                streams=[example.index for example in part],
                 progress=progress,
                 greedy=greedy,
             )
@@ -480,7 +481,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def solved(scores: Sequence[list[float]], k: int) -> tuple[float, float]:
+def mean_pass_at_k(scores: Sequence[list[float]], k: int) -> tuple[float, float]:
     """The mean pass@k of questions with these scores, and its standard error (0 for a single one)."""
     values = [pass_at_k(len(row), sum(score >= 1 for score in row), k) for row in scores]
     return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
@@ -502,8 +503,8 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
             label = f"{name}/" if name else ""
             metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups)
             drawn, likeliest = zip(*((group.scores[:-1], group.scores[-1:]) for group in groups))
-            estimates = {f"pass@{k}": solved(drawn, k) for k in range(1, flags.eval_samples + 1)}
-            for key, (mean, error) in (estimates | {"greedy": solved(likeliest, 1)}).items():
+            estimates = {f"pass@{k}": mean_pass_at_k(drawn, k) for k in range(1, flags.eval_samples + 1)}
+            for key, (mean, error) in (estimates | {"greedy": mean_pass_at_k(likeliest, 1)}).items():
                 metrics |= {label + key: mean, f"{label}{key}_error": error}
     return metrics | {"evaluation_seconds": time.monotonic() - start}, answered
 
@@ -571,7 +572,7 @@ def last_answer(text: str) -> str:
     return answers[-1] if answers else ""
 
 
-def final(reference: str) -> str:
+def final_answer(reference: str) -> str:
     """A reference without the working that leads to it: what follows its last ####, and there what stands in its
     last box, if it has these."""
     tail = reference.rpartition("####")[2]
@@ -842,9 +843,9 @@ def same_math(reference: str, answer: str) -> bool:
 same_math.timeouts = 0
 
 
-def literal(reference: str) -> bool:
+def compared_as_words(reference: str) -> bool:
     """Whether boxed-math takes a reference for words, which it finds in the same words only."""
-    return bool(PROSE.search(measured(clean(final(reference)))[0]))
+    return bool(PROSE.search(measured(clean(final_answer(reference)))[0]))
 
 
 @dataclass(frozen=True)
@@ -856,13 +857,13 @@ class Grader:
     equal: Callable[[Any, Any], bool] = operator.eq
 
     def reads(self, reference: str) -> bool:
-        return self.read(final(reference)) is not None
+        return self.read(final_answer(reference)) is not None
 
     def __call__(self, reference: str, text: str) -> float:
         """Whether they are equal, 1.0 or 0.0, whatever a model wrote. A thought that never ends holds no answer."""
         thought, end, rest = text.rpartition("</think>")
         answer = self.in_text(rest.partition("<think>")[0]) or self.in_text(thought + end)
-        right, said = self.read(final(reference)), self.read(answer)
+        right, said = self.read(final_answer(reference)), self.read(answer)
         return float(None not in (right, said) and self.equal(right, said))
 
 
@@ -989,7 +990,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
         fits = len(prompt) <= limit
         long += not fits
         if fits and question and references:
-            words += flags.grader == "boxed-math" and all(map(literal, references))
+            words += flags.grader == "boxed-math" and all(map(compared_as_words, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
@@ -1143,7 +1144,7 @@ class Log:
         for answered in groups.values():
             both = (group for group in answered if min(group.scores) < 1 <= max(group.scores))
             group = next(both, answered[0])
-            shown = {"question": group.example.question, "reference": final(group.example.references[0])}
+            shown = {"question": group.example.question, "reference": final_answer(group.example.references[0])}
             shown |= {"right" if score >= 1 else "wrong": text for score, text in zip(group.scores, group.texts)}
             for title, text in shown.items():
                 say(f"  {title:9}  {textwrap.shorten(text, 600, placeholder=' …')}")

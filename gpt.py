@@ -982,14 +982,14 @@ def generate(
     max_new_tokens: int,
     policy: Policy,
     seed: tuple[int, ...] = (0,),
-    keys: list[int] | None = None,
+    streams: list[int] | None = None,
     progress: Callable[[int], None] | None = None,
     greedy: bool = False,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order. If
     `greedy`, the last of each takes the likeliest token every time.
 
-    Each random number is a function of (seed, key, sample, position): `keys` names the prompts (default: by their
+    Each random number is a function of (seed, stream, sample, position): `streams` names the prompts' (default: their
     places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
     `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past
     the model's last position.
@@ -999,12 +999,12 @@ def generate(
         raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
     cache = Cache(prefix_of(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
-    keys = numpy.array(keys or range(len(prompts)))
+    streams = numpy.array(streams or range(len(prompts)))
     rows = numpy.arange(len(hidden))        # those in the cache
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):
         question, sample = numpy.divmod(rows, num_samples)
-        uniform = uniforms(*seed, keys[question], sample, t)
+        uniform = uniforms(*seed, streams[question], sample, t)
         if greedy:
             uniform[sample == num_samples - 1] = 0
         drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
@@ -1438,12 +1438,12 @@ class Learner:
             self.ranks.add_up(shard.p.grad.div_(num_tokens))
         norm = torch.stack([shard.p.grad.norm() for shard in shards]).norm().item()
         if math.isfinite(norm):
-            self.steps += 1
+            self.updates += 1
             for shard in shards:
                 if 0 < clip < norm:
                     shard.p.grad.mul_(clip / norm)
                 if shard.owner == self.ranks.rank:
-                    shard.step(self.steps, fraction)
+                    shard.step(self.updates, fraction)
                 self.ranks.broadcast(shard.p, shard.owner)
         return norm
 
@@ -1451,7 +1451,7 @@ class Learner:
     def save_state(self) -> dict:
         """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
         averages, in host memory. The gradients are lost."""
-        saved = {"updates": self.steps, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        saved = {"updates": self.updates, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
                 if x is not None:
@@ -1465,7 +1465,7 @@ class Learner:
     @torch.no_grad()
     def load_state(self, saved: dict) -> None:
         """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
-        self.steps = self.ranks.from_main(saved.get("updates"))
+        self.updates = self.ranks.from_main(saved.get("updates"))
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
                 shard.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))

@@ -331,7 +331,7 @@ def test_pass_at_k_is_the_share_of_subsets(n):
 
 
 def test_a_single_question_has_no_error():
-    assert chat_rl.solved([[1.0, 0.0, 0.0, 0.5]], 1) == (0.25, 0.0)
+    assert chat_rl.mean_pass_at_k([[1.0, 0.0, 0.0, 0.5]], 1) == (0.25, 0.0)
 
 
 def test_each_epoch_shuffles_all_questions():

@@ -164,4 +164,4 @@ def test_what_is_not_finite_is_left_out():
     learner.model.lm_head.weight.grad[0, 0] = float("nan")
     assert not learner.update(1.0) < 1e9 and torch.equal(weights_of(learner.model), start)
     gradients(learner, 0)
-    assert learner.update(1.0) > 0 and learner.steps == 1 and not torch.equal(weights_of(learner.model), start)
+    assert learner.update(1.0) > 0 and learner.updates == 1 and not torch.equal(weights_of(learner.model), start)

@@ -51,7 +51,7 @@ def test_generate_is_plain_sampling(tokenizer, generation, temperature, top_k):
     completions."""
     model, prompts, ended = tiny_model(generation), random_prompts(), []
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3            # so that rows stop at many places and are dropped
-    groups = generate(model, tokenizer, prompts, 4, 24, temperature, top_k, seed=(5,), keys=[7, 8, 2 ** 40], progress=ended.append)
+    groups = generate(model, tokenizer, prompts, 4, 24, temperature, top_k, seed=(5,), streams=[7, 8, 2 ** 40], progress=ended.append)
     assert sum(ended) == 12
     assert top_k == 1 or len({len(c.tokens) for group in groups for c in group}) > 2
     for prompt, key, group in zip(prompts, [7, 8, 2 ** 40], groups):
@@ -65,11 +65,11 @@ def test_completions_depend_on_nothing_in_their_batch(tokenizer):
     model.lm_head.weight.data[tokenizer.assistant_end] *= 3
     together = generate(model, tokenizer, prompts, 5, 20, seed=(3, 1))
     for i, prompt in enumerate(prompts):
-        alone, = generate(model, tokenizer, [prompt], 5, 20, seed=(3, 1), keys=[i])
-        fewer, = generate(model, tokenizer, [prompt], 2, 20, seed=(3, 1), keys=[i])
+        alone, = generate(model, tokenizer, [prompt], 5, 20, seed=(3, 1), streams=[i])
+        fewer, = generate(model, tokenizer, [prompt], 2, 20, seed=(3, 1), streams=[i])
         for mine, other in zip([*together[i], *together[i][:2]], [*alone, *fewer], strict=True):
             assert_same(mine, other)
-    turned = generate(model, tokenizer, prompts[::-1], 5, 20, seed=(3, 1), keys=[4, 3, 2, 1, 0])
+    turned = generate(model, tokenizer, prompts[::-1], 5, 20, seed=(3, 1), streams=[4, 3, 2, 1, 0])
     for mine, other in zip(sum(together, []), sum(turned[::-1], []), strict=True):
         assert_same(mine, other)
     longer = generate(model, tokenizer, prompts, 5, 30, seed=(3, 1))
