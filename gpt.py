@@ -409,6 +409,7 @@ FAMILIES = {
     "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
     "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
 }
+# of any family, where config.json has no such key or null
 ABSENT = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4, layer_types=["full_attention"])
 KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
     "model_type": tuple(FAMILIES),
