@@ -863,7 +863,7 @@ class Policy:
     def scores(self, logits: Tensor) -> Tensor:
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
+        return logits if self.temperature == 1 else logits / self.temperature  # each pass over a vocabulary counts
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """What can be sampled, given logits (..., V): scores whose softmax is the policy (..., k), best first, and
@@ -878,15 +878,15 @@ class Policy:
         the likeliest token -> (3, B) tokens (float32 holds any id), their logprobs, and the entropies, in nats, of the
         distributions they are drawn from."""
         scores, ids = self.candidates(logits)
-        logprobs = scores.log_softmax(dim=-1)
-        p = logprobs.exp()
+        p = scores.softmax(dim=-1)
         cumulative = p.cumsum(dim=-1)
         aim = uniform.unsqueeze(1) * cumulative[:, -1:]
         pick = torch.searchsorted(cumulative, aim, right=True).clamp_(max=scores.size(-1) - 1)
         pick = torch.where(aim > 0, pick, scores.argmax(dim=-1, keepdim=True))
         tokens = pick if ids is None else ids.gather(1, pick)
-        entropy = -(p * logprobs).sum(dim=-1, keepdim=True)
-        return torch.cat([tokens, logprobs.gather(1, pick), entropy], dim=1).T
+        logprobs = p.gather(1, pick).clamp(min=1e-38).log()  # of the last, which rounding may draw, p can be 0
+        entropy = scores.gather(1, pick) - logprobs - (p * scores).sum(dim=-1, keepdim=True)  # log Σ exp − E[score]
+        return torch.cat([tokens, logprobs, entropy], dim=1).T
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Logprobs of tokens (...), given logits (..., V). A token that rounding or an update pushed out of the top k

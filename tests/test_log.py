@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterable, Iterator
 from unittest.mock import MagicMock, call
 
 import numpy
+import pydantic
 import pytest
 import torch
 from conftest import assert_same_run, completion, cut_back, last_step, main, metrics, out, samples, untimed, weights
@@ -51,6 +52,7 @@ def use_script(patch: pytest.MonkeyPatch, grader: Callable[[str, str], float]) -
     patch.setitem(chat_rl.MADE, "script", lambda: {"train": TRAIN, "test": TEST})
     patch.setitem(chat_rl.GRADERS, "script", grader)
     patch.setitem(chat_rl.TASKS, "script", {"data": "script", "grader": "script"})
+    pydantic.dataclasses.rebuild_dataclass(chat_rl.Flags, force=True)       # with this choice of --task
 
 
 def shift_logprobs(patch: pytest.MonkeyPatch) -> None:
