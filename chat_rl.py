@@ -1280,8 +1280,8 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
         return str(path), path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag):
         return tag, tag.partition("/")[2]
-    raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(sizes))}, a folder with model_*.pt or "
-                    "config.json and *.safetensors, or a hub name")
+    raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(sizes))}, a folder with model_*.pt "
+                    "or config.json and *.safetensors, or a hub name")
 
 
 def find_state(out: Path, step: int | None) -> dict:
@@ -1335,25 +1335,33 @@ def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
     return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
 
 
-def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
-    """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
-    goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
+def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
+    """The run's folder, and the state of what it goes on from, with its command line and this one in one; where it
+    begins, the same without any weights. Raises UserError."""
     given = parse_flags(argv, {})
-    base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
     source, name = find_source(given.model_tag, base)
     out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
     if Path(source).is_relative_to(out) and not (given.resume and any(out.glob("optim_*.pt"))):
         out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
     state = find_state(out, given.model_step) if given.resume else {}
-    newest = max(gpt.checkpoint_steps(Path(source)), default=None)
-    begun = {"source": source, "source_step": newest if given.model_step is None else given.model_step}
-    state = {"argv": [], "kind": "", **begun, "wandb_id": os.urandom(4).hex(), "step": 0, **state}
-    if state["step"]:
+    if state:
         say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
-    before, argv = parse_flags(state["argv"], {}), state["argv"] + argv
-    given = parse_flags(argv, {})
-    if state["step"] and given.lora_rank != before.lora_rank:
-        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
+        together = state["argv"] + argv
+        if parse_flags(together, {}).lora_rank != parse_flags(state["argv"], {}).lora_rank:
+            raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
+        return out, {**state, "argv": together}
+    newest = max(gpt.checkpoint_steps(Path(source)), default=None)
+    step = newest if given.model_step is None else given.model_step
+    begun = {"argv": argv, "kind": "", "source": source, "source_step": step}
+    return out, {**begun, "wandb_id": os.urandom(4).hex(), "step": 0}
+
+
+def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
+    """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
+    goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
+    base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
+    out, state = find_run(argv, base)
+    given = parse_flags(state["argv"], {})
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
     starter = Path(place) == base / "chatsft_checkpoints" / "starter"
@@ -1363,16 +1371,15 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
     found = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    kind = state["kind"] or found
-    flags = settle_flags(argv, kind)
+    state["kind"] = state["kind"] or found
+    flags = settle_flags(state["argv"], state["kind"])
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     num_steps = flags.max_steps
     if num_steps is None:
         num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    kept = {key: state[key] for key in KEPT} | {"argv": argv, "kind": kind}
-    run = Run(flags, questions, tests, tokenizer, out, num_steps, **kept)
+    run = Run(flags, questions, tests, tokenizer, out, num_steps, **{key: state[key] for key in KEPT})
     open_folder(run, stack)
     return run, model, state
 
