@@ -70,7 +70,7 @@ from gpt import GPT, Completion, Learner, Policy, Ranks, Tokenizer, UserError
 # Flags, kinds of model, tasks
 
 
-@pydantic.dataclasses.dataclass
+@pydantic.dataclasses.dataclass(config={"extra": "forbid"})
 class Flags:
     run: str = "dummy"                      # name of the W&B run (dummy: no W&B)
     name: str = ""                          # of the run's folder (default: the model's tag)

@@ -328,7 +328,7 @@ class Cache:
 # The model
 
 
-@pydantic.dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class Config:
     """An architecture. The defaults are the plain Llama decoder; a family is a few keywords over them."""
 

@@ -133,7 +133,7 @@ def sampling(job: Job, questions: int, samples: int, top_k: int) -> dict[str, fl
     scores = rows * c.n_head * keys * 16
     if not job.fused and e < 4:             # keys in float32
         scores += 4 * c.n_kv_head * c.head_dim * (rows * job.new + questions * job.prompt)
-    drawn = min(rows, max(1, gpt.LOGITS_AT_ONCE // c.vocab_rows)) * c.vocab_rows * (4 + e * (e < 4) if top_k else 24)
+    drawn = min(rows, max(1, gpt.LOGITS_AT_ONCE // c.vocab_rows)) * c.vocab_rows * (4 + e * (e < 4) if top_k else 16)
     stages = {
         "prefill": shared + max(shared, work),
         "growth": shared + rows * kv * most,
