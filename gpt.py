@@ -984,7 +984,7 @@ def generate(
     policy: Policy,
     seed: tuple[int, ...] = (0,),
     streams: list[int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any] = bool,
     greedy: bool = False,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order. If
@@ -992,12 +992,10 @@ def generate(
 
     Each random number is a function of (seed, stream, sample, position): `streams` names the prompts' (default: their
     places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
-    `progress` is told after each position how many have ended. All prompts run as one batch. Raises ValueError past
-    the model's last position.
+    `progress` is told after each position how many have ended. Raises ValueError past the model's last position.
     """
-    longest, limit = max(map(len, prompts)) + max_new_tokens, model.config.max_positions
-    if longest > limit:
-        raise ValueError(f"prompt and completion have {longest} tokens, the model only {limit} positions")
+    if max(map(len, prompts)) + max_new_tokens > model.config.max_positions:
+        raise ValueError(f"a prompt and its completion take more than {model.config.max_positions} positions")
     cache = Cache(prefix_of(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
     streams = numpy.array(streams or range(len(prompts)))
@@ -1006,12 +1004,10 @@ def generate(
     for t in range(max_new_tokens):
         question, sample = numpy.divmod(rows, num_samples)
         uniform = uniforms(*seed, streams[question], sample, t)
-        if greedy:
-            uniform[sample == num_samples - 1] = 0
+        uniform[sample == num_samples - 1] *= not greedy  # 0 draws the likeliest
         drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
-        if progress:
-            progress(int((transcript.lengths == t + 1).sum()))
+        progress(int((transcript.lengths == t + 1).sum()))
         if not going.any():
             break
         if going.sum() <= 0.75 * len(rows):
