@@ -1180,7 +1180,7 @@ class Log:
             axes.set_prop_cycle(None)       # the same colours again
             axes.plot(steps.rolling(10, min_periods=1).mean(), label=keys)
             axes.legend()
-            axes.axhline(0, alpha=0)        # in the picture
+            axes.axhspan(0, 0.01, alpha=0)  # in the picture
             axes.set_xlabel("step")
         tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
