@@ -1291,11 +1291,10 @@ def find_state(out: Path, step: int | None) -> dict:
     for path in paths:
         try:
             state = gpt.read_state(path)
-        except Exception as error:          # damaged files fail in many ways
+            if step in (None, state["step"], state["source_step"]):
+                return state
+        except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
-            continue
-        if step in (None, state["step"], state["source_step"]):
-            return state
     if paths:
         raise UserError(f"--resume: nothing to go on from in {out} can be read: leave out --resume to begin anew")
     say(f"nothing to resume in {out}: beginning anew")
