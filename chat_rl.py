@@ -640,6 +640,10 @@ FORMS = re.findall(RULE, r"""
     (\d*\.\d*)\\overline\s*\{(\d+)\}                                                → \1\2\2\2\2\2\2\2\2
     (?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d\d?)(?![\w.])                              → \1\\times~10^{\2}
     \\varnothing                                                                    → \\emptyset
+    (\\[dtc]?frac)\s*(\\pi(?![a-zA-Z])|\w)                                          → \1{\2}
+    (\\[dtc]?frac\s*\{[^{}]*\})\s*(\\pi(?![a-zA-Z])|\w)                             → \1{\2}
+    \\[bB]igg?[lr]?(?![a-zA-Z])                                                     →
+    \\(?:text)?degree(?![a-zA-Z])                                                   → ^\\circ
     <=                                                                              → \\le~
     >=                                                                              → \\ge~
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
@@ -655,7 +659,7 @@ NAME = re.compile(
     r"""(?xam) (?:^|(?<=,))\ *(?:
         (?: \\text\{[^{}\n]*\} | \([a-zA-Z](?:,\ *[a-zA-Z])+\) | \|[A-Z]+\|
           | (?: \\(?:angle|triangle|overline|vec|alpha|beta|gamma|[dD]elta|theta|lambda|mu|phi|rho|omega)\b
-              | [a-zA-Z '{}] | _(?:[a-zA-Z]|\d+|\{\w+\}) | \(\w\))+
+              | [a-zA-Z '{}] | _(?:[a-zA-Z]|\d+|\{\w+\}) | \^\{-1\} | \(-?\w+\))+
         )\ *=\ *
     )+"""
 )
@@ -664,8 +668,10 @@ MEASURED = re.compile(
         % | (?<=\d)_\s*\{?\s*\w+\s*\}? | ['"]+
         | \^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?
         | (?!.*\b(?: hundred|thousand|\w*illion|lakh|crore|dozen|hal[fv]|third|quarter
-                   | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|times|plus|minus|negative
-                   | less|more|over|wrong | (?:is|not|but|or|only|point|score|grand)\b))
+                   | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|plus|minus|negative
+                   | one|two|three|four|five|six|seven|eight|nine|tens?|eleven|twelve|\w*teen
+                   | (?:twen|thir|for|fif|six|seven|eigh|nine)ty | pairs?|gross|below|less|over|wrong | (?:times|more)(?=\W+\w)
+                   | (?:is|not|but|or|only|point|score|grand)\b))
           (?: (?:(?<=.)\\text\{[a-zA-Z\s./₠-₿-]+\} (?:\s*\^\s*\{?-?\d\}?)? (?:\s*(?:\\cdot|/)\s*(?=\\text))? \s*)+
             | (?<=[\d)}\s])
               (?:[cmkdn]?m(?=\^)|[cmkdn]m|[mk]g|m[ls]|ft|in|yd|mi|lbs?|oz|hrs?|min|sec|mph|am|pm|AM|PM|USD|km/h|m/s)
@@ -725,9 +731,14 @@ def measured(text: str) -> tuple[str, str]:
     ).casefold()
 
 
+def unnamed(text: str) -> str:
+    """An answer without the names before what is equal to them: 'x = 2,y = 100' gives '2, 100'."""
+    return NAME.sub(" ", text).strip()
+
+
 def number(text: str) -> Decimal | None:
     """The number that an answer is, whatever its name and unit; None where it is anything else."""
-    value, unit = measured(NAME.sub("", clean(text)))
+    value, unit = measured(unnamed(clean(text)))
     return Decimal(value) if NUMBER.fullmatch(value) and "_" not in unit else None
 
 
@@ -739,14 +750,17 @@ def serve() -> None:
     from latex2sympy2_extended import NormalizationConfig
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import LatexExtractionConfig, grader, parse, parser
-    from sympy import Float, nsimplify, simplify
+    from sympy import Float, Matrix, Rational, simplify
+
+    def exact(value):
+        return value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
 
     def close(a, b, *_):
         """Exact values are equal or not; decimals to 6 places, and 6 digits where they are below 1. What differs at
         one point is not asked whether it is equal everywhere."""
         if (a - b).is_Matrix:
-            return all(map(close, a.doit(), b.doit()))
-        error = (nsimplify(a, rational=True) - nsimplify(b, rational=True)).doit()
+            return all(map(close, Matrix(a.doit()), Matrix(b.doit())))
+        error = (exact(a) - exact(b)).doit()
         size, miss = (
             abs(value.evalf(60, subs=dict.fromkeys(a.free_symbols | b.free_symbols, 1.3)))
             for value in (a.doit(), error)
@@ -761,7 +775,8 @@ def serve() -> None:
     @lru_cache
     def read(text):
         text = re.sub(r"(?<![a-zA-Z\\_])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
-        return parse(rf"\boxed{{{text}}}", [config], parsing_timeout=None)
+        text = re.sub(r"(^\\\{|^|[,=])([^,=()[\]]*?)\\pm([^,=()[\]]*?)(?=,|\\\}|$)", r"\1\2+\3,\2-\3", text)
+        return parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match", parsing_timeout=None)
 
     sys.stderr = open(os.devnull, "w")
     print("ready", flush=True)
@@ -828,12 +843,12 @@ def same_math(reference: str, answer: str) -> bool:
     (right, unit), (said, other) = measured(reference), measured(answer)
     if unit != other and (unit and other or "_" in other):
         return False
-    pair, chain = f"{right}\n{said}", "\n" if "=" in right and "=" in said else "="
+    chain = "\n" if "=" in right and "=" in said else "="
     if chain == "=":
-        pair = NAME.sub("", pair)
+        right, said = unnamed(right), unnamed(said)
+    pair = f"{right}\n{said}"
     if PROSE.search(pair):
         return bool(re.fullmatch(r"(?i)(.*)\n\1", re.sub(r"\\text|[ {}()]|(?<!\.)\.(?![.\d])", "", pair)))
-    right, said = pair.split("\n")
     return all(
         same_value(a, b) or "%" in unit + other and same_value(f"{a}{unit}", f"{b}{other}")
         for a, b in itertools.product(right.split(chain), said.split(chain))

@@ -49,17 +49,14 @@ def fresh(monkeypatch):
 
 BOXED = {
 "tolerance": [
- (r"\frac{1}{2^{90}}", r"\frac{1}{2^{91}}", 0), ("0.0000003", "0.0000004", 0), (r"\frac{1}{3^{70}}", r"\frac{1}{3^{71}}", 0), ("10^{-20}", "10^{-21}", 0),
- (r"(\frac{1}{2^{90}}, 1)", r"(\frac{1}{2^{91}}, 1)", 0), ("0.00000012", "0.00000013", 0), (r"\frac{\pi}{10^{30}}", r"\frac{\pi}{10^{31}}", 0),
- (r"2^{200}", r"2^{200}+1", 0), (r"e^{-100}", r"e^{-101}", 0), (r"3\times10^{-9}", r"4\times10^{-9}", 0), (r"\frac{1}{20!}", r"\frac{1}{21!}", 0),
- ("0.0000003", r"3\times 10^{-7}", 1), (r"\frac{1}{2^{90}}", "2^{-90}", 1), (r"\frac13", "0.3333333333", 1), (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", 1),
- (r"\frac{1}{10^{8}}", "0.00000001", 1), ("0.5", r"\frac{1}{2}", 1), ("3.5", "3.50", 1), (r"\sqrt2\cdot10^{60}", r"\sqrt2\cdot10^{60}+1", 0),
- (r"\begin{pmatrix}10^{-20}\\1\end{pmatrix}", r"\begin{pmatrix}10^{-21}\\1\end{pmatrix}", 0), (r"\frac13", "0.333333", 1), (r"0.1", r"0.1000001", 1),
- (r"\begin{pmatrix}0.5\\1\end{pmatrix}", r"\begin{pmatrix}\frac12\\1\end{pmatrix}", 1), (r"10^{-20}", "0", 0), ("0", "10^{-20}", 0), ("0", "0.0000001", 0),
- (r"[0, 10^{-20}]", r"[0, 10^{-21}]", 0), (r"\{10^{-20}, 1\}", r"\{10^{-21}, 1\}", 0), ("x=10^{-20}", "x=10^{-21}", 0), (r"10^{-20}x", r"10^{-21}x", 0), (r"10^{-20}i", r"10^{-21}i", 0)],
+ (r"\frac{1}{2^{90}}", r"\frac{1}{2^{91}}", 0), ("0.0000003", "0.0000004", 0), (r"\frac{1}{3^{70}}", r"\frac{1}{3^{71}}", 0), ("10^{-20}", "10^{-21}", 0), (r"(\frac{1}{2^{90}}, 1)", r"(\frac{1}{2^{91}}, 1)", 0), ("0.00000012", "0.00000013", 0), (r"\frac{\pi}{10^{30}}", r"\frac{\pi}{10^{31}}", 0),
+ (r"2^{200}", r"2^{200}+1", 0), (r"e^{-100}", r"e^{-101}", 0), (r"3\times10^{-9}", r"4\times10^{-9}", 0), (r"\frac{1}{20!}", r"\frac{1}{21!}", 0), ("0.0000003", r"3\times 10^{-7}", 1), (r"\frac{1}{2^{90}}", "2^{-90}", 1), (r"\frac13", "0.3333333333", 1), (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", 1),
+ (r"\frac{1}{10^{8}}", "0.00000001", 1), ("0.5", r"\frac{1}{2}", 1), ("3.5", "3.50", 1), (r"\sqrt2\cdot10^{60}", r"\sqrt2\cdot10^{60}+1", 0), (r"\begin{pmatrix}10^{-20}\\1\end{pmatrix}", r"\begin{pmatrix}10^{-21}\\1\end{pmatrix}", 0), (r"\frac13", "0.333333", 1), (r"0.1", r"0.1000001", 1),
+ (r"\begin{pmatrix}0.5\\1\end{pmatrix}", r"\begin{pmatrix}\frac12\\1\end{pmatrix}", 1), (r"10^{-20}", "0", 0), ("0", "10^{-20}", 0), ("0", "0.0000001", 0), (r"[0, 10^{-20}]", r"[0, 10^{-21}]", 0), (r"\{10^{-20}, 1\}", r"\{10^{-21}, 1\}", 0), ("x=10^{-20}", "x=10^{-21}", 0), (r"10^{-20}x", r"10^{-21}x", 0), (r"10^{-20}i", r"10^{-21}i", 0),
+ ("10000000000", r"1.000000001\times10^{10}", 0), (r"\frac{10^{11}}{9}", r"1.11111111\times10^{10}", 0), (r"11,\!111,\!111,\!100", r"1.11111111\times10^{10}", 1), *((r"\begin{pmatrix}-2\\-14\\-7\end{pmatrix}", rf"{x}\begin{{pmatrix}}1\\1\\1\end{{pmatrix}}", 0) for x in ("x", r"\lambda", r"\pi", r"\frac{1}{\sqrt5}", "i", "e^2")),
+ (r"\begin{pmatrix}\frac{1}{\sqrt5}\\0\end{pmatrix}", r"\frac{1}{\sqrt5}\begin{pmatrix}1\\0\end{pmatrix}", 1)],
 "units": [
- (r"2 \text{ hours } 30 \text{ minutes}", r"2 \text{ hours } 45 \text{ minutes}", 0), (r"2 \text{ hours } 30 \text{ minutes}", "2", 0),
- ("2", r"2 \text{ hours } 30 \text{ minutes}", 0), (r"2 \text{ hours } 30 \text{ minutes}", r"2\text{ hours }30\text{ minutes}", 1),
+ (r"2 \text{ hours } 30 \text{ minutes}", r"2 \text{ hours } 45 \text{ minutes}", 0), (r"2 \text{ hours } 30 \text{ minutes}", "2", 0), ("2", r"2 \text{ hours } 30 \text{ minutes}", 0), (r"2 \text{ hours } 30 \text{ minutes}", r"2\text{ hours }30\text{ minutes}", 1),
  (r"\begin{cases} x & \text{if } x > 0 \\ 1 & \text{otherwise} \end{cases}", "x", 0), ("x", r"\begin{cases} x & \text{if } x > 0 \\ 1 & \text{otherwise} \end{cases}", 0),
  (r"\begin{cases} x & \text{if } x > 0 \\ 1 & \text{otherwise} \end{cases}", r"\begin{cases} x & \text{if } x > 0 \\ 2 & \text{otherwise} \end{cases}", 0),
  (r"\begin{cases} x & \text{if } x > 0 \\ 1 & \text{otherwise} \end{cases}", r"\begin{cases} x & \text{if } x < 0 \\ 1 & \text{otherwise} \end{cases}", 0),
@@ -98,14 +95,18 @@ BOXED = {
  (r"6.02\times10^{23}", "6.03e23", 0), (r"6.02\times10^{23}", "602000000000000000000000", 1), ("1500", "1.5e3", 1), ("0.002", "2e-3", 1), (r"0.1\overline{6}", r"\frac16", 1), (r"0.\overline{36}", "0.36", 0), ("2 3/4", "2.75", 1), ("2 3/4", r"\frac64", 0), (r"\cos 60^\circ", "0.5", 1), (r"\cos 60^\circ", "60", 0), ("0.0", "0", 1),
  ("A+1", "a+1", 0), ("A+1", "1+A", 1), (r"\frac{dy}{dx}", r"\frac{dx}{dy}", 0), ("5", "5_{-1}", 0)],
 "order": [
+ *((together, said, 0) for together, said in (("2100", "x=2, y=100"), ("2100", "2,x=100"), ("2100500", "x=2,y=100,z=500"), (r"(-\sqrt3,\sqrt3)", r"\pm\sqrt3"), ("(-2,2)", r"x=\pm2"))), ("2, 100", "x=2, x=100", 1), ("(2,100)", r"x=2, y=100", 1), ("2, 100", r"x = 2 \text{ or } x = 100", 1),
  ("1,2", "(2,1)", 0), (r"\{1,2\}", "(1,2)", 0), ("(1,2)", r"\{1,2\}", 0), (r"\{(1,2),(3,4)\}", "(3,4), (1,2)", 1), ("(x,y)=(1,2)", "(1,2)", 1), ("(1,2)", "(x,y)=(2,1)", 0), ("1:2:3", "1:3:2", 0), ("2:40", "1:20", 0), ("3:4", "6:8", 1), ("1/2/3", "1/3/2", 0), (r"10{:}30", "10:30", 1), ("(1;2)", "(1,2)", 1),
  ("x>3", r"(3,\infty)", 1), (r"(3,\infty)", r"x\ge3", 0), (r"\emptyset", r"\varnothing", 1), (r"\begin{pmatrix}2\\4\end{pmatrix}", r"2\begin{pmatrix}1\\2\end{pmatrix}", 1), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{array}{c}1\\[2pt]2\end{array}\right]", 1)],
 "left out": [
+ *((r"\frac{14}{3}", said, 0) for said in (r"\frac12\to\frac{14}{3}", r"x\mapsto\frac{14}{3}", r"x<1\lor x>\frac{14}{3}", r"\max\{\frac{14}{3},9\}", r"\frac{14}{3}\bmod 3", r"10\equiv\frac{14}{3}\pmod 7", r"2**\frac{14}{3}")), ("1, 2", r"\deg [1, 2] x", 0), ("12", r"12\text{ times}", 1), ("12", r"12\text{ times }2", 0),
  ("0", "x=", 0), ("0", r"^\circ", 0), ("11", "11_2", 0), ("11_2", "11", 1), ("1.5", "<1.5", 0), (r"\frac32", r"\frac32\cup", 0), ("1.5", r"\frac32-", 0), ("-5", "-05", 1), ("18", r"18\ldots", 0), ("3.14", "3.14...", 0), (r"1,2,\ldots,9", r"1,2,\ldots,8", 0), ("f'(x)", "f(x)", 0), (r"\text{3 only}", "3", 0), ("5", r"5\text{ is wrong}", 0), ("no", "on", 0), ("IV", "VI", 0), ("6'2\"", "6'3\"", 0), ("x+1", r"\color{red}{x+1},", 1), ("18", r"\textcolor{red}{18};", 1), ("18", r"\bf 18", 1)],
 "names and units": [
  ("30", r"m\angle ABC=30^\circ", 1), ("3", r"\lambda=3", 1), ("3", r"\lambda=4", 0), ("5", r"|AB|=5", 1), ("5", r"\log x=5", 0), ("5", r"\text{The answer is }\$5", 1), ("5", r"\text{The answer is not }5", 0), ("A is 5", "B is 5", 0), (r"\text{A is odd}", r"\text{B is odd}", 0), (r"\text{Mr. Lee}", "Mr Lee", 1),
  ("15", r"15\,\text{kg}\cdot\text{m}^2", 1), ("9.8", r"9.8\text{ m}\,\text{s}^{-2}", 1), (r"9.8\text{ m s}^{-2}", r"9.8\text{ m s}^{-1}", 0), (r"5\text{ cm}", r"5\text{ centimeters}", 1), (r"5\text{ m}", r"5\text{ miles}", 0), (r"2\text{ ft}^2", r"2\text{ square feet}", 1), (r"2\text{ ft}^2", r"2\text{ cubic feet}", 0), ("₹500", "500", 1)],
 "forms": [  # where a pair is not symmetric both orders stand here
+ *((r"\frac{-1\pm\sqrt5}{2}", answer, 1) for answer in (r"\frac{-1 \pm \sqrt{5}}{2}", r"\frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}", r"-\frac12\pm\frac{\sqrt5}{2}")), (r"1\pm\sqrt{19}", r"\frac{2\pm2\sqrt{19}}2", 1), (r"1\pm\sqrt{19}", r"\frac{2\pm2\sqrt{18}}2", 0), (r"\frac{-1\pm\sqrt5}{2}", r"\frac{-1+\sqrt5}{2}", 0),
+ (r"\frac{\pi}{2}", r"\frac\pi2", 1), (r"(3,\frac{\pi}{2})", r"(3,\frac\pi{2})", 1), (r"\frac{x}{y}", r"\frac x y", 1), (r"\frac{x}{y}", r"\frac y x", 0), (r"\frac{x-1}{2}", r"f^{-1}(x)=\frac{x-1}{2}", 1), ("5", "f(-2)=5", 1), ("5", "f^{-1}(3)=5", 1), (r"90^\circ", r"90\degree", 1), ("(6,31,-1)", r"\big(6,31,-1\big)", 1),
  *((reference, answer, 1) for reference, answer in [
   (r"\frac12", r"\dfrac{1}{2}"), (r"\frac12", "0.5"), ("0.5", r"\dfrac{1}{2}"), (r"\frac12", "1/2"), (r"\frac12", r"\tfrac 12"), (r"-\frac12", r"\frac{-1}{2}"), (r"1\frac12", "1.5"),
   ("(1, 2)", "(1,2)"), ("(1,2)", r"\left(1,2\right)"), ("1,2", "2,1"), ("1,2", r"\{1,2\}"), ("1,2", "1 and 2"), (r"\pm 2", "2,-2"), (r"90^\circ", r"90^{\circ}"), ("90", r"90\text{ degrees}"),
@@ -121,9 +122,9 @@ BOXED = {
 NUMBERS = {
 "right": ["18", r"\text{18}", r"\textbf{18}", r"18\text{ cm}^2", r"18\text{ cm}^{2}", "18 cm", "18 cm²", "£18", "€18", r"\$18", "$18$", "$18", "**18**", "+18", "x = 18", "x=18", r"\boxed{18}", "18.", "18.00", "18.0", "018",
   "18 apples", "18 dollars per day", r"18\text{ dollars}", r"18\%", "18%", "18°", r"18^\circ", r"18^{\circ}", "１８", "18\u00a0", "{18}", r"\mathrm{18}", r"\mathbf{18}", "18 m²", "18cm", r"\text{18 cm}", r"18\,\text{cm}", r"18\ \text{cm}", "18 km/h", r"18\text{ km/h}",
-  r"$\boxed{18}$", "**18** dollars", r"\(18\)", "18 €", "18€", r"\$18.00", "y = 18", r"\text{Total} = 18", "18 square feet", r"\mathrm{18~cm}", "$18.", "USD 18", "18 USD", "*18*", r"\textbf{18}.", "AB = 18", r"\text{\$18}", "£18.00", "18 percent",
+  r"$\boxed{18}$", "**18** dollars", r"\(18\)", "18 €", "18€", r"\$18.00", "y = 18", r"\text{Total} = 18", "18 square feet", r"\mathrm{18~cm}", "$18.", "USD 18", "18 USD", "*18*", r"\textbf{18}.", "AB = 18", r"\text{\$18}", "£18.00", "18 percent", "18 times", "18 more", "f(-2)=18",
   "(18)", "18,", r"\color{red}{18}", r"\lambda = 18", "Answer: 18", "The answer is $18.", "x = £18", r"18\,\text{kg}\cdot\text{m}^2", "₹18", "18¢", r"18\text{ m s}^{-1}"],
-"wrong": ["18x", "18!", "18 - x", r"18\pi", "18 million", "1,8", "18 or 19", "18 or 7", "7 or 18", "18/4", "18.5", "-18", "", "eighteen", "x18", "18 + 2", "18^2", "18^{2}", "18 thousand", "18, 19", "1 8", "18:30", "18e3", "2x = 18", "18\\sqrt{2}", "18/1.5", "not 18",
+"wrong": ["18 dollars fifty cents", "18 twenty", "18 pairs", "18 gross", "18 below zero", "x=18, y=100", "18x", "18!", "18 - x", r"18\pi", "18 million", "1,8", "18 or 19", "18 or 7", "7 or 18", "18/4", "18.5", "-18", "", "eighteen", "x18", "18 + 2", "18^2", "18^{2}", "18 thousand", "18, 19", "1 8", "18:30", "18e3", "2x = 18", "18\\sqrt{2}", "18/1.5", "not 18",
   "18 \\times 2", "18×2", "18√2", "18π", "18²", "1.8.0", "18..5", "18 and 19", "18 to 20", "18-20", "18 hundred", "18 dozen", "18i", "18 x", "18xy", "18 y", "18 squared", "18 and a half", "18%x", "18 = x", r"\frac{18}{5}", "(18, 3)", "18 hours 30 minutes", r"18\text{ hours }30\text{ minutes}", "10100_2", "18_{9}", "18 billion", "18k", "180", "0.18", "18,0", "18½", "18 ½", "18 1/2", "18,00", "18\\cdot 2", ">18", "x > 18", "18n", "18 per 2 days", "x+18", "18+", "18*2", "18 times 2", "18 less than x", "18 choose 2",
   "18 factorial", "18 tenths", "18 nonillion", "18 lakh", "18 point three", "18 apples but not", "18...", r"18\ldots", "18 is wrong", "10 is 18", "it is not 18", "(18, 3)", "(18)^2", r"18\cdot\text{m}3"],
 }
