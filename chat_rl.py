@@ -44,7 +44,7 @@ import textwrap
 import time
 import unicodedata
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -214,11 +214,11 @@ class Group:
 
     example: Example
     completions: list[Completion]
-    texts: list[str] = field(default_factory=list)  # what was graded
-    scores: list[float] = field(default_factory=list)  # what the grader gave, 0 to 1
-    rewards: list[float] = field(default_factory=list)  # what is learned from
-    advantages: list[float] = field(default_factory=list)
-    timeouts: int = 0                       # gradings that took too long
+    texts: list[str]                        # what was graded
+    scores: list[float]                     # what the grader gave, 0 to 1
+    rewards: list[float]                    # what is learned from
+    advantages: list[float]
+    timeouts: int                           # gradings that took too long
 
     def learnable(self) -> list[tuple[Completion, float]]:
         """The completions that there is something to learn from, and their advantages."""
@@ -311,16 +311,15 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
 
 
-def grade(run: Run, group: Group) -> None:
+def grade(run: Run, example: Example, completions: list[Completion]) -> Group:
     """Scores and rewards every completion, and compares it with its group."""
-    example = group.example
     grader = GRADERS[example.grader]
     before = same_math.timeouts
-    group.texts = [example.opening + text_of(completion, run.tokenizer) for completion in group.completions]
-    group.scores = [max(grader(reference, text) for reference in example.references) for text in group.texts]
-    group.timeouts = same_math.timeouts - before
-    group.rewards = [reward_of(score, c, run.flags) for score, c in zip(group.scores, group.completions)]
-    group.advantages = advantages_of(group.rewards)
+    texts = [example.opening + text_of(completion, run.tokenizer) for completion in completions]
+    scores = [max(grader(reference, text) for reference in example.references) for text in texts]
+    rewards = [reward_of(score, completion, run.flags) for score, completion in zip(scores, completions)]
+    timeouts = same_math.timeouts - before
+    return Group(example, completions, texts, scores, rewards, advantages_of(rewards), timeouts)
 
 
 def rollout(
@@ -358,10 +357,9 @@ def rollout(
                 progress=progress,
                 greedy=greedy,
             )
-            groups += map(Group, part, completions)
-        for group in groups:
-            ranks.poll()
-            grade(run, group)
+            for example, sampled in zip(part, completions):
+                ranks.poll()
+                groups.append(grade(run, example, sampled))
     return sorted(itertools.chain(*ranks.gather(groups)), key=lambda group: group.example.index)
 
 

@@ -109,8 +109,8 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
     print(f"  rollout   {rate:9,.0f} tok/s   bound {bound:9,.0f} ({rate / bound:.0%})   "
           f"plain {plain:7,.0f} (x{rate / plain:.1f})")
 
-    groups = [chat_rl.Group(chat_rl.Example(i, "", prompt, "", [], ""), completions,
-                            advantages=torch.randn(N, generator=generator).tolist())
+    groups = [chat_rl.Group(chat_rl.Example(i, "", prompt, "", [], ""), completions, [], [], [],
+                            torch.randn(N, generator=generator).tolist(), timeouts=0)
               for i, (prompt, completions) in enumerate(zip(prompts, rollout()))]
     bound = peak / matmul_flops(model) / 3
     update = seconds(lambda: chat_rl.backward(model, groups, policy, chat_rl.Flags()), 1)

@@ -125,6 +125,11 @@ def example(index: int, prompt: list[int], grader: str = "exact", references: tu
     return chat_rl.Example(index, f"question {index}", prompt, "", list(references), grader)
 
 
+def group(example: chat_rl.Example, completions: list, advantages: list, rewards: list = ()) -> chat_rl.Group:
+    """One to learn from, whatever was said."""
+    return chat_rl.Group(example, completions, [], [], list(rewards), advantages, timeouts=0)
+
+
 def cpu_learner(model: gpt.GPT, **rates: float) -> gpt.Learner:
     return gpt.Learner(deepcopy(model), gpt.Ranks(torch.device("cpu")), next(model.parameters()).dtype, chat_rl.Flags(**rates))
 

@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 import torch
-from conftest import (chat, completion, cpu_learner, distance, example, generate, gradient_of, policy_of, state_of,
+from conftest import (chat, completion, cpu_learner, distance, example, generate, gradient_of, group, policy_of, state_of,
                       tiny_model, weights_of)
 
 import chat_rl
@@ -84,8 +84,8 @@ def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1
     completions[0][3] = completion([tokenizer.assistant_end], [True], [-4.0])
     for c in completions[1][:3]:
         c.tokens[-1], c.sampled[-1] = tokenizer.assistant_end, True
-    return [Group(example(i, prompt), group, rewards=rewards, advantages=chat_rl.advantages_of(rewards))
-            for i, (prompt, group, rewards) in enumerate(zip(prompts, completions, REWARDS))]
+    return [group(example(i, prompt), rows, chat_rl.advantages_of(rewards), rewards)
+            for i, (prompt, rows, rewards) in enumerate(zip(prompts, completions, REWARDS))]
 
 
 def gradient(model: gpt.GPT, groups: list[Group], flags: Flags) -> torch.Tensor:
@@ -250,8 +250,8 @@ def test_a_reward_sees_score_completion_and_flags(world, recorded, monkeypatch):
 
 def groups_of(advantages: list[bool]) -> list[Group]:
     """Groups of different lengths, some without advantage."""
-    return [Group(example(i, [i]), [completion([5] * (i + 1)), completion([5, 5])],
-                  advantages=[0.5, -0.5] if advantage else [0.0, 0.0]) for i, advantage in enumerate(advantages)]
+    return [group(example(i, [i]), [completion([5] * (i + 1)), completion([5, 5])], [0.5, -0.5] if advantage else [0.0, 0.0])
+            for i, advantage in enumerate(advantages)]
 
 
 def minibatches(groups: list[Group], step: int = 3, **flags) -> list[list[int]]:
