@@ -1328,7 +1328,8 @@ class Recipe(NamedTuple):
 
     muon: bool
     lr: float
-    betas: tuple[float, float]
+    beta1: float
+    beta2: float
     eps: float
     weight_decay: float
 
@@ -1341,19 +1342,19 @@ def recipe_of(name: str, shape: torch.Size, config: Config, rates: Any) -> Recip
     decay = rates.weight_decay if name.startswith(("transformer.wte", "lm_head")) else 0.0
     if config.norm_weights:                 # not nanochat's
         lr = rates.unembedding_lr if name.startswith("lm_head") else rates.embedding_lr
-        return Recipe(False, rates.matrix_lr if matrix else lr, (0.9, 0.95), 1e-8, decay)
+        return Recipe(False, rates.matrix_lr if matrix else lr, 0.9, 0.95, 1e-8, decay)
     scale = (config.n_embd / 768) ** -0.5
     rates_and_betas = {                     # of names that begin like this
-        "transformer.h": (rates.matrix_lr, (0.9, 0.95)),
-        "transformer.wte": (rates.embedding_lr * scale, (0.8, 0.995)),
-        "value_embeds": (rates.embedding_lr * scale / 2, (0.8, 0.995)),
-        "lm_head": (rates.unembedding_lr * scale, (0.8, 0.96)),
-        "resid_lambdas": (0.005, (0.8, 0.95)),
-        "x0_lambdas": (0.5, (0.96, 0.95)),
-        "": (0.2, (0.8, 0.95)),             # smear and backout
+        "transformer.h": (rates.matrix_lr, 0.9, 0.95),
+        "transformer.wte": (rates.embedding_lr * scale, 0.8, 0.995),
+        "value_embeds": (rates.embedding_lr * scale / 2, 0.8, 0.995),
+        "lm_head": (rates.unembedding_lr * scale, 0.8, 0.96),
+        "resid_lambdas": (0.005, 0.8, 0.95),
+        "x0_lambdas": (0.5, 0.96, 0.95),
+        "": (0.2, 0.8, 0.95),               # smear and backout
     }
-    lr, betas = next(value for start, value in rates_and_betas.items() if name.startswith(start))
-    return Recipe(matrix and not config.lora_rank, lr, betas, 1e-10, decay)
+    found = next(value for start, value in rates_and_betas.items() if name.startswith(start))
+    return Recipe(matrix and not config.lora_rank, *found, 1e-10, decay)
 
 
 @dataclass
@@ -1368,19 +1369,19 @@ class Shard:
 
     def step(self, steps: int, fraction: float) -> None:
         """Steps the masters, at a fraction of the rate, and rounds them to weights."""
-        recipe = self.recipe
+        is_muon, lr, beta1, beta2, eps, weight_decay = self.recipe
         masters, average, *squares = self.state.values()
-        if recipe.muon:
-            muon(masters, self.p.grad, average, recipe.lr * fraction)
+        if is_muon:
+            muon(masters, self.p.grad, average, lr * fraction)
         else:
             steps = torch.tensor(steps - 1.0, device=masters.device)
             adamw(
                 [masters], [self.p.grad], [average], squares, [], [steps],
-                lr=recipe.lr * fraction,
-                beta1=recipe.betas[0],
-                beta2=recipe.betas[1],
-                eps=recipe.eps,
-                weight_decay=recipe.weight_decay,
+                lr=lr * fraction,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
                 amsgrad=False,
                 maximize=False,
                 fused=masters.is_cuda,
