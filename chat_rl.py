@@ -343,7 +343,7 @@ def rollout(
         bar.update(ended)
         ranks.poll()
 
-    with ranks.interruptible(), progress_bar(len(mine) * num_samples, title) as bar:
+    with ranks.interruptible(), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
         for part in batched(mine, math.ceil(flags.rollout_batch_size / num_samples)):
             completions = gpt.generate(
                 learner.model,
@@ -1037,20 +1037,16 @@ def load_task(flags: Flags, tokenizer: Any, limit: int) -> tuple[list[Example], 
 # What a person sees
 
 
-def main_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(text: str) -> None:
-    """Prints on rank 0, past all buffers: a terminal that is gone, or a full disk behind it, is not worth the run."""
-    if main_rank() and sys.stdout:
+    """Prints, past all buffers: a terminal that is gone, or a full disk behind it, is not worth the run."""
+    if sys.stdout:
         with suppress(OSError):
             os.write(sys.stdout.fileno(), f"{text}\n".encode())
 
 
-def progress_bar(total: int, title: str) -> tqdm:
+def progress_bar(total: int, title: str, rank: int) -> tqdm:
     """A bar of completions on rank 0's terminal, for work that takes more than a second or two."""
-    silent = None if main_rank() and sys.stderr else True  # None: where there is no terminal
+    silent = None if rank == 0 and sys.stderr else True  # None: where there is no terminal
     return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
