@@ -434,20 +434,20 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         learner.model.zero_grad(set_to_none=False)
         costs = [sum(len(c.tokens) for c, _ in group.learnable()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
-        drifts.append(torch.from_numpy(numpy.concatenate(ranks.all_gather(log_ratios.cpu().numpy()))).double())
-        ratio = drifts[-1].abs().exp().mean().item()
+        drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
+        ratio = numpy.exp(abs(drifts[-1])).mean()
         if not flags.max_ratio or ratio <= flags.max_ratio:
             norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
-    drift = torch.cat(drifts or [torch.zeros(1)])
-    ratio = drift.exp()
+    drift = numpy.concatenate(drifts or [[0.0]])
+    ratio = numpy.exp(drift)
     low, high = bounds_of(flags)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
         "updates_left_out": len(parts) - len(norms),
-        "sampler_gap": drifts[0].abs().mean().item() if drifts else 0.0,  # before any update
-        "ratio_max": drift.abs().max().exp().item(),
-        "approx_kl": (ratio - 1 - drift).mean().item(),  # the k3 estimate (Schulman 2020)
-        "clip_fraction": ((ratio < low) | (ratio > high)).double().mean().item(),
+        "sampler_gap": abs(drifts[0]).mean() if drifts else 0.0,  # before any update
+        "ratio_max": numpy.exp(abs(drift)).max(),
+        "approx_kl": (ratio - 1 - drift).mean(),  # the k3 estimate (Schulman 2020)
+        "clip_fraction": ((ratio < low) | (ratio > high)).mean(),
     }
 
 
