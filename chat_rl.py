@@ -1280,16 +1280,16 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
     """What --model-tag names, a folder or a name on the hub, and the name of its runs. Raises UserError."""
     home = base / "chatsft_checkpoints"
     ages = {"starter": 0.0} | {path.parent.name: path.parent.stat().st_mtime for path in home.glob("*/model_*.pt")}
-    sizes = {tag: ([*map(int, re.findall(r"^d(\d+)", tag))], age) for tag, age in ages.items()}
-    tag = tag or max(sizes, key=sizes.get)  # as nanochat chooses: the largest d<N>, or the newest
-    if tag in sizes:
+    # as nanochat chooses: the largest d<N>, or the newest
+    tag = tag or max(ages, key=lambda tag: ([*map(int, re.findall(r"^d(\d+)", tag))], ages[tag]))
+    if tag in ages:
         return str(home / tag), tag
     path = Path(tag).expanduser().resolve()
     if path.is_dir():
         return str(path), path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag):
         return tag, tag.partition("/")[2]
-    raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(sizes))}, a folder with model_*.pt "
+    raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(ages))}, a folder with model_*.pt "
                     "or config.json and *.safetensors, or a hub name")
 
 
@@ -1325,8 +1325,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
         if not run.step and out.exists() and any(out.iterdir()):
             place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            place.parent.mkdir(exist_ok=True)
-            out.rename(place)
+            os.renames(out, place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(exist_ok=True)
         about = {key: getattr(run, key) for key in KEPT} | {"flags": asdict(run.flags), "torch": torch.__version__}
@@ -1384,9 +1383,8 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
-    num_steps = flags.max_steps
-    if num_steps is None:
-        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
+    epochs = flags.num_epochs * (len(questions) // flags.examples_per_step)
+    num_steps = epochs if flags.max_steps is None else flags.max_steps
     run = Run(flags, questions, tests, tokenizer, out, num_steps, **{key: state[key] for key in KEPT})
     open_folder(run, stack)
     return run, model, state
