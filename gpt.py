@@ -809,21 +809,18 @@ class ChatTokenizer:
             configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
             ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]
         self.chat.chat_template = template or self.chat.chat_template
-        self.tokenizer = self.chat.backend_tokenizer
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        self.vocab_size = 1 + max(self.chat.get_vocab().values())
         end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.chat.encode(text, add_special_tokens=False, verbose=False)
 
     encode_raw = encode
 
     def decode(self, ids: list[int]) -> str:
         """Token ids -> text, special tokens as they are spelled; an id without a token is nothing."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.chat.decode(ids, clean_up_tokenization_spaces=False)
 
     def render_text(self, messages: list[dict]) -> str:
         """A chat as the template, which is a stranger's code and runs in transformers' sandbox, writes it, up to where
@@ -841,7 +838,7 @@ class ChatTokenizer:
         """The added token that the template writes after what the assistant says, if it does."""
         said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
         after = self.render_text(said).partition("Agreed.")[2].lstrip()
-        return [token for token in self.encode(after)[:1] if token in self.tokenizer.get_added_tokens_decoder()]
+        return [token for token in self.encode(after)[:1] if token in self.chat.added_tokens_decoder]
 
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():

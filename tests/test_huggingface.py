@@ -434,7 +434,7 @@ def test_the_tokenizer_is_the_one_in_the_file(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = gpt.ChatTokenizer(tmp_path)
     assert [tokenizer.encode(text) for text in TEXTS] == before
-    assert "Digits" in tokenizer.tokenizer.to_str()
+    assert "Digits" in tokenizer.chat.backend_tokenizer.to_str()
 
 
 END, ADDED = "<|endoftext|>", {"content": "<|endoftext|>", "lstrip": False, "__type": "AddedToken"}
