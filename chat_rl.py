@@ -1186,11 +1186,9 @@ class Log:
         for axes, keys in zip([first, *others], PANELS):
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, alpha=0.35, linewidth=1)
-            axes.set_prop_cycle(None)       # the same colours again
-            axes.plot(steps.rolling(10, min_periods=1).mean(), label=keys)
-            axes.legend()
             axes.axhspan(0, 0.01, alpha=0)  # in the picture
-            axes.set_xlabel("step")
+            axes.set_prop_cycle(None)       # the same colours again
+            steps.rolling(10, min_periods=1).mean().plot(ax=axes)
         tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
         tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
