@@ -289,10 +289,6 @@ def questions_of_step(run: Run, step: int) -> list[Example]:
     return [run.questions[i] for i in order[start : start + size]]
 
 
-def batched(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
 def deal(items: list, costs: list[int], ranks: Ranks) -> list:
     """This rank's share of the items: the costliest first, each to the rank with the least to do."""
     loads = [0] * ranks.size
@@ -307,8 +303,7 @@ def deal(items: list, costs: list[int], ranks: Ranks) -> list:
 
 def text_of(completion: Completion, tokenizer: Any) -> str:
     """What the model said, without the token that ended its turn."""
-    tokens = completion.tokens.tolist()
-    return tokenizer.decode(tokens[:-1] if tokens[-1] in tokenizer.stops else tokens)
+    return tokenizer.decode([token for token in completion.tokens.tolist() if token not in tokenizer.stops])
 
 
 def grade(run: Run, example: Example, completions: list[Completion]) -> Group:
@@ -344,7 +339,7 @@ def rollout(
         ranks.poll()
 
     with ranks.interruptible(), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
-        for part in batched(mine, math.ceil(flags.rollout_batch_size / num_samples)):
+        for part in gpt.batched(mine, math.ceil(flags.rollout_batch_size / num_samples)):
             completions = gpt.generate(
                 learner.model,
                 run.tokenizer,
@@ -396,12 +391,12 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
     """
     log_ratios = [torch.zeros(0, device=model.device)]
     size = flags.device_batch_size
-    for part in batched(groups, size):
+    for part in gpt.batched(groups, size):
         prefix = gpt.prefix_of(model, [group.example.prompt for group in part])
         leaves = prefix.leaves()
         rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.learnable()]
         rows.sort(key=lambda row: len(row[1].tokens))
-        for batch in batched(rows, size):
+        for batch in gpt.batched(rows, size):
             questions, completions, advantages = zip(*batch)
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
             logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)
@@ -1357,8 +1352,8 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
         return out, {**state, "argv": together}
     newest = max(gpt.checkpoint_steps(Path(source)), default=None)
     step = newest if given.model_step is None else given.model_step
-    begun = {"argv": argv, "kind": "", "source": source, "source_step": step}
-    return out, {**begun, "wandb_id": os.urandom(4).hex(), "step": 0}
+    wandb_id = os.urandom(4).hex()
+    return out, dict(argv=argv, kind="", source=source, source_step=step, wandb_id=wandb_id, step=0)
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:

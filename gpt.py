@@ -937,6 +937,10 @@ def uniforms(*counters: int | numpy.ndarray) -> numpy.ndarray:
     return (((x >> 41) + 0.5) / 2**23).astype(numpy.float32)
 
 
+def batched(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
 class Transcript:
     """What is said in each row, kept on the host, and what the calculator will force."""
 
@@ -968,7 +972,7 @@ class Transcript:
             Completion(ids[:n].astype(int), forced[:n] < 0, p[:n].astype(numpy.float32), float(entropies[:n].sum()))
             for ids, p, entropies, forced, n in zip(*self.said, self.forced, self.lengths)
         ]
-        return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
+        return list(batched(completions, num_samples))
 
 
 @torch.inference_mode()
