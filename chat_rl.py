@@ -875,7 +875,7 @@ class Grader:
         return float(None not in (right, said) and self.equal(right, said))
 
 
-GRADERS: dict[str, Callable[[str, str], float]] = {
+GRADERS = {                                 # what gives (reference, text) a score of 0 to 1
     "exact": Grader(str, spelled),
     "number": Grader(after_marks, number),
     "boxed-number": Grader(last_box, number),

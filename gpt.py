@@ -375,10 +375,6 @@ GENERATIONS = {                             # of nanochat's model; a checkpoint'
 SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}  # part of the long one, and its rounding
 
 
-def rounded_up(n: float, multiple: int) -> int:
-    return math.ceil(n / multiple) * multiple
-
-
 def nanochat_config(
     generation: str, sequence_len: int, window_pattern: str = "L", vocab_rows: int | None = None, **shape: int
 ) -> Config:
@@ -389,11 +385,11 @@ def nanochat_config(
     n_embd = shape["n_embd"]
     if generation in SHORT_WINDOWS:
         part, multiple = SHORT_WINDOWS[generation]
-        reach = {"L": sequence_len, "S": rounded_up(sequence_len / part, multiple)}
+        reach = {"L": sequence_len, "S": math.ceil(sequence_len / part / multiple) * multiple}
         windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[: n_layer - 1] + "L")
     return Config(
         **shape,
-        vocab_rows=vocab_rows or rounded_up(shape["vocab_size"], 64),
+        vocab_rows=vocab_rows or math.ceil(shape["vocab_size"] / 64) * 64,
         head_dim=n_embd // shape["n_head"],
         mlp_width=4 * n_embd,
         max_positions=sequence_len,
