@@ -1066,7 +1066,7 @@ class Log:
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
-        texts = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and run.step else []
+        texts = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [line for line in map(json.loads, texts) if line["step"] < run.step]
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
