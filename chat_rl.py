@@ -446,15 +446,11 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     }
 
 
-def policy_of(model: GPT, temperature: float, top_k: int) -> Policy:
-    return Policy(temperature, top_k, model.config.softcap)
-
-
 def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     """One step: sample, grade, learn. Returns its metrics and groups."""
     flags, ranks, start = run.flags, learner.ranks, time.monotonic()
     questions = questions_of_step(run, run.step)
-    policy = policy_of(learner.model, flags.temperature, flags.top_k)
+    policy = Policy(flags.temperature, flags.top_k, learner.model.config.softcap)
     seed = flags.seed, TRAINING, run.step
     groups = ranks.from_main(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
     rolled_out = time.monotonic()
@@ -484,8 +480,8 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
     """pass@k for k = 1 … eval_samples and the greedy accuracy on the first eval_examples questions of each test, with
     the same random numbers every time. Returns, on rank 0 alone, metrics and each test's groups, the last completion
     of each being the greedy one."""
-    flags, model, start = run.flags, learner.model, time.monotonic()
-    policy = policy_of(model, flags.eval_temperature, flags.top_k)
+    flags, start = run.flags, time.monotonic()
+    policy = Policy(flags.eval_temperature, flags.top_k, learner.model.config.softcap)
     seed = flags.seed, EVALUATION
     metrics, answered = {}, {}
     for name, examples in run.tests.items():
@@ -1146,8 +1142,7 @@ class Log:
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
         self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
         for answered in groups.values():
-            both = (group for group in answered if min(group.scores) < 1 <= max(group.scores))
-            group = next(both, answered[0])
+            group = max(answered, key=lambda group: len({score >= 1 for score in group.scores}))
             shown = {"question": group.example.question, "reference": final_answer(group.example.references[0])}
             shown |= {"right" if score >= 1 else "wrong": text for score, text in zip(group.scores, group.texts)}
             for title, text in shown.items():
@@ -1234,7 +1229,7 @@ def byte_tokenizer() -> Tokenizer:
 def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal: float, size: int) -> int:
     """Supervised learning of the references, `size` questions a step, until the model would say one with
     probability `goal`, which the loss knows, or for 1,000 steps. Returns the number of steps."""
-    policy = policy_of(learner.model, 1.0, 0)
+    policy = Policy(1.0, 0, learner.model.config.softcap)
     chance = 0.0                            # of the reference, as a running mean
     for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
         batch = [examples[i] for i in permutation(len(examples), step)[:size]]

@@ -190,8 +190,7 @@ class Prefix(NamedTuple):
 
     def rows(self, index: Tensor) -> "Prefix":
         """The entries of the questions in index (B,), each as often as it is named."""
-        lengths, hidden, embed = (x.index_select(0, index) for x in self[:3])
-        return Prefix(lengths, hidden, embed, self.kv.index_select(2, index))
+        return Prefix(*(x.index_select(dim, index) for x, dim in zip(self, (0, 0, 0, 2))))
 
     def leaves(self) -> "Prefix":
         """The same, cut off from the graph, to run completions on and to collect their gradients."""

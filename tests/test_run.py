@@ -51,7 +51,7 @@ def test_any_batch_and_any_ranks_give_the_same_run(base, tmp_path):
         for step, kind in ((0, ""), (0, "_train"), (2, "")):
             assert samples(base, step, name, kind) == samples(base, step, "all", kind)
         for mine, other in zip(metrics(base, name), wanted, strict=True):
-            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-4, abs=1e-5) and mine.get("sampler_gap", 0) < 1e-5
+            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-3, abs=1e-5) and mine.get("sampler_gap", 0) < 1e-5
         assert distance(weights_of(base, f"chatrl_checkpoints/{name}/model_000002.pt") - start, moved) < 2e-3
 
 
