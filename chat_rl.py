@@ -58,8 +58,8 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import tyro
-from annotated_types import Ge, MaxLen
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Ge, Lt, MaxLen
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ from gpt import GPT, Completion, Learner, Policy, Ranks, Tokenizer, UserError
 @pydantic.dataclasses.dataclass(config={"extra": "forbid"})
 class Flags:
     run: str = "dummy"                      # name of the W&B run (dummy: no W&B)
-    name: str = ""                          # of the run's folder (default: the model's tag)
+    name: Annotated[str, Field(pattern=r"^(\w[\w.-]*)?$")] = ""  # of the run's folder (default: the model's tag)
     tensorboard: bool = False               # write the metrics for TensorBoard too
     device_type: Literal["", "cuda", "mps", "cpu"] = ""  # default: the first of these that is there
     dtype: Literal["", "bfloat16", "float32"] = ""  # of the arithmetic (default: bfloat16 where the GPU has it)
@@ -91,7 +91,7 @@ class Flags:
     suffix: str = ""                        # text after each question
     prefill: str = ""                       # beginning of each reply
     few_shot: str = ""                      # JSON file: a list of messages to put before each question
-    raw_prompt: bool = False                # questions hold the model's own markers: no chat template around them
+    raw_prompt: bool = False                # questions hold the model's own markers: nothing is put around them
     grader: Literal[*GRADERS] = "number"    # what compares a reply with the reference
     num_epochs: PositiveInt = 1             # passes over the training questions
     max_steps: NonNegativeInt | None = None  # length of the run (default: that of the epochs; 0: evaluate and exit)
@@ -120,7 +120,7 @@ class Flags:
     save_every: PositiveInt = 60            # steps between checkpoints
     keep_last: NonNegativeInt = 0           # checkpoints to keep (0: all; of the optimizer's state at most two)
     resume: bool = False                    # go on from the last checkpoint of the run of this name, if any
-    seed: NonNegativeInt = 42               # of the order of questions and of sampling
+    seed: Annotated[int, Ge(0), Lt(2**64)] = 42  # of the order of questions and of sampling
 
 
 # A kind of model, or a task, is a set of defaults for the flags; a flag that is given wins.
@@ -431,7 +431,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
         ratio = numpy.exp(abs(drifts[-1])).mean()
-        if not flags.max_ratio or ratio <= flags.max_ratio:
+        if not ratio > (flags.max_ratio or math.inf):  # one that is not a number is no reason to leave out what is none
             norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)
@@ -490,7 +490,7 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
         if groups:
             answered[name] = groups
             label = f"{name}/" if name else ""
-            metrics[f"{label}timeouts"] = sum(group.timeouts for group in groups)
+            metrics[f"{label}grader_timeouts"] = sum(group.timeouts for group in groups)
             drawn, likeliest = zip(*((group.scores[:-1], group.scores[-1:]) for group in groups))
             estimates = {f"pass@{k}": mean_pass_at_k(drawn, k) for k in range(1, flags.eval_samples + 1)}
             for key, (mean, error) in (estimates | {"greedy": mean_pass_at_k(likeliest, 1)}).items():
@@ -518,6 +518,7 @@ def train(run: Run, learner: Learner) -> int:
                 log.write_step(run, metrics, groups)
             failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
             if failures == 5:
+                save(run, learner)
                 raise FloatingPointError("the gradient was not finite five times in a row: lower the rates")
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
@@ -978,7 +979,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
     grader = GRADERS[flags.grader]          # a Grader, or any function
     before = [{"role": "system", "content": flags.system}] * bool(flags.system)
     before += load_records(flags.few_shot).get("train", [])
-    found, where = load_records(place), f"{splits[0]} of {place}"
+    found, where = load_records(place), f"{splits[0]} of {place or 'no --data'}"
     records = next((found[split] for split in splits if split in found), [])
     examples, long, words = [], 0, 0
     for i in permutation(len(records), 42):  # as Dataset.shuffle(seed=42) does
@@ -1056,14 +1057,18 @@ PANELS = [                                  # of curve.png: metrics that share a
 ]
 
 
+def time_of(metrics: dict) -> tuple[int, bool]:
+    """What the lines of metrics.jsonl are ordered by: a step's evaluation comes before the step."""
+    return metrics["step"], "reward" in metrics
+
+
 class Log:
     """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; the same names to TensorBoard and W&B."""
 
     def __init__(self, run: Run):
-        """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
+        """Takes up the log that is there."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
-        texts = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = [line for line in map(json.loads, texts) if line["step"] < run.step]
+        self.lines = [*map(json.loads, self.path.read_text().splitlines())] if self.path.exists() else []
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1096,7 +1101,9 @@ class Log:
             )
 
     def write(self, metrics: dict) -> None:
-        """One more line, with null for what is infinite or not a number: the file is always whole."""
+        """One more line, with null for what is infinite or not a number, instead of what an earlier run has written for
+        this time and later: the file is always whole."""
+        self.lines = [line for line in self.lines if time_of(line) < time_of(metrics)]
         self.lines.append({key: value if math.isfinite(value) else None for key, value in metrics.items()})
         write_lines(self.path, self.lines)
         with self.best_effort():
@@ -1193,7 +1200,7 @@ class Log:
         if rewards and tests:
             say(f"before  {tests[0]}\nafter   {tests[-1]}\nreward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
             self.plot()
-        say(f"curve   {self.out / 'curve.png'}\n{'saved' if rewards else 'samples'} in {self.out}")
+        say(f"curve.png and all else in {self.out}")
         with self.best_effort():
             if self.wandb:
                 self.wandb.finish()
@@ -1281,19 +1288,20 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
                     "or config.json and *.safetensors, or a hub name")
 
 
-def find_state(out: Path, step: int | None) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step, unless the run began from its source's
-    checkpoint of that number; {} where there is none. Raises UserError where there are some, but not that."""
+def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
+    """What the newest optim_<step>.pt that can be read holds, or that of a step, which a command line that is repeated
+    has asked for already; {} where there is none. Raises UserError where there are some, but not that."""
     paths = sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if step in (None, state["step"], state["source_step"]):
+            if step in (None, state["step"]) or state["argv"][-len(argv) :] == argv:
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
     if paths:
-        raise UserError(f"--resume: nothing to go on from in {out} can be read: leave out --resume to begin anew")
+        raise UserError(f"--resume: nothing to go on from in {out}: take another --model-step, of "
+                        f"{', '.join(path.stem[6:] for path in paths)}, or leave out --resume to begin anew")
     say(f"nothing to resume in {out}: beginning anew")
     return {}
 
@@ -1335,16 +1343,17 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
     begins, the same without any weights. Raises UserError."""
     given = parse_flags(argv, {})
     source, name = find_source(given.model_tag, base)
-    out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
-    if Path(source).is_relative_to(out) and not (given.resume and any(out.glob("optim_*.pt"))):
-        out = out.with_name(f"{out.name}-2")  # never the folder that it begins from
-    state = find_state(out, given.model_step) if given.resume else {}
+    folder = "" if given.resume or given.max_steps != 0 else "evaluations"
+    out = base / "chatrl_checkpoints" / folder / (given.name or name)
+    state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
-        say(f"going on after step {state['step']} of {out} with {' '.join(argv)}")
+        say(f"going on after step {state['step']} of {out}, begun from {state['source']}, with {' '.join(argv)}")
         together = state["argv"] + argv
         if parse_flags(together, {}).lora_rank != parse_flags(state["argv"], {}).lora_rank:
             raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
         return out, {**state, "argv": together}
+    if Path(source).is_relative_to(out):
+        raise UserError(f"{out} is what the run would begin from: give it another --name, or go on by --resume")
     newest = max(gpt.checkpoint_steps(Path(source)), default=None)
     step = newest if given.model_step is None else given.model_step
     wandb_id = os.urandom(4).hex()

@@ -283,7 +283,7 @@ def test_nothing_right_moves_nothing(world, recorded, monkeypatch):
     assert {line[key] for key in zero} == {0}
 
 
-def test_max_ratio_leaves_updates_out(world, recorded):
+def test_max_ratio_leaves_updates_out(world, recorded, monkeypatch):
     """An update for which the policy has drifted too far in the mean is left out, and counted; the first one never is."""
     run, learner = world(updates_per_rollout=4, init_lr_frac=0.1, max_ratio=1.1)
     line, groups, updates = recorded(run, learner)
@@ -296,6 +296,9 @@ def test_max_ratio_leaves_updates_out(world, recorded):
     run, learner = world(updates_per_rollout=4, init_lr_frac=1.0, max_ratio=1e9)
     line, _, updates = recorded(run, learner)
     assert len(updates) == 4 and line["updates_left_out"] == 0 and line["ratio_max"] > 1.2
+    backward = chat_rl.backward                     # what is not a number is not left out, but said
+    monkeypatch.setattr(chat_rl, "backward", lambda model, *more: model.lm_head.weight.data[0].fill_(math.nan) is None or backward(model, *more))
+    assert math.isnan(recorded(run, learner)[0]["grad_norm"])
 
 
 def test_shares_are_balanced():

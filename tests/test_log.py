@@ -253,7 +253,7 @@ def test_evaluations(whole):
             wrong = [sum(score < 1 for score in group.scores) for group in groups]
             solved[f"pass@{k}"] = [1 - math.comb(n, k) / math.comb(K, k) for n in wrong]
         wanted = {key: statistics.fmean(x) for key, x in solved.items()}
-        wanted |= {"timeouts": 0} | {f"{key}_error": statistics.stdev(map(float, x)) / EVALUATED ** 0.5 for key, x in solved.items()}
+        wanted |= {"grader_timeouts": 0} | {f"{key}_error": statistics.stdev(map(float, x)) / EVALUATED ** 0.5 for key, x in solved.items()}
         assert {key: x for key, x in untimed(line).items() if key != "step"} == pytest.approx(wanted)
 
 

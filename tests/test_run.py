@@ -116,10 +116,11 @@ def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
     shutil.copytree(base / "chatsft_checkpoints" / "adder", folder)
     shutil.rmtree(base / "chatsft_checkpoints")
     monkeypatch.chdir(folder)
-    for tag, place, name in ((folder, folder, "starter"), (out(base, "starter"), out(base, "starter"), "starter-2"),
+    for tag, place, name in ((folder, folder, "starter"), (out(base, "starter"), out(base, "starter"), "again"),
                              (".", folder, "evaluations/starter")):
         before = contents(place)
-        assert main(base, *SMALL, f"--model-tag={tag}", f"--max-steps={int('eval' not in name)}") == 0
+        flags = [*SMALL, f"--model-tag={tag}", f"--max-steps={int('eval' not in name)}"]
+        assert main(base, *flags, *["--name=again"] * (name == "again")) == 0 and (name != "again" or main(base, *flags) == 2)
         assert contents(place) == before and (out(base, name) / "metrics.jsonl").exists()
         assert json.loads((out(base, name) / "run.json").read_text())["kind"] == "nanochat"
 
@@ -217,7 +218,7 @@ def refusal(base: Path, capfd, *flags: str) -> str:
         "--max-new-tokens=128", "--eval-examples=-1", "--rollout-batch-size=0", "--examples-per-step=0",
         "--examples-per-step=100000", "--num-epochs=0", "--no-such-flag", "--num-samples=two", "--eval-temperature=0",
         "--max-ratio=-1", "--max-ratio=nan", "--updates-per-rollout=0", "--lr-schedule=cosine", "--grad-clip=-1",
-        "--num-sample=4", "--keep-last=-1")),
+        "--num-sample=4", "--keep-last=-1", "--name=/tmp", "--name=..", f"--seed={2**64}")),
     *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "0.2,0.3")),
     ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
     ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
