@@ -266,6 +266,7 @@ class Run:
     out: Path
     num_steps: int
     argv: list[str]                         # the command lines that it was begun and gone on with
+    kind: str                               # of the model: a row of MODELS
     source: str                             # where the model came from: a folder or a hub name
     source_step: int | None
     wandb_id: str
@@ -1305,7 +1306,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     return {}
 
 
-KEPT = ("argv", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, and what learns
+KEPT = ("argv", "kind", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, and what learns
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
@@ -1356,7 +1357,7 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
     newest = max(gpt.checkpoint_steps(Path(source)), default=None)
     step = newest if given.model_step is None else given.model_step
     wandb_id = os.urandom(4).hex()
-    return out, dict(argv=argv, source=source, source_step=step, wandb_id=wandb_id, step=0)
+    return out, dict(argv=argv, kind="", source=source, source_step=step, wandb_id=wandb_id, step=0)
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
@@ -1367,14 +1368,15 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     given = parse_flags(state["argv"], {})
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
-    starter = Path(state["source"]).parts[-2:] == ("chatsft_checkpoints", "starter")
+    starter = Path(place) == base / "chatsft_checkpoints" / "starter"
     if starter and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
-    kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    flags = settle_flags(state["argv"], kind)
+    found = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    state["kind"] = state["kind"] or found
+    flags = settle_flags(state["argv"], state["kind"])
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")

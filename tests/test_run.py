@@ -122,7 +122,7 @@ def test_model_tag_may_be_a_folder(base, tmp_path, monkeypatch):
         flags = [*SMALL, f"--model-tag={tag}", f"--max-steps={int('eval' not in name)}"]
         assert main(base, *flags, *["--name=again"] * (name == "again")) == 0 and (name != "again" or main(base, *flags) == 2)
         assert contents(place) == before and (out(base, name) / "metrics.jsonl").exists()
-        assert json.loads((out(base, name) / "run.json").read_text())["flags"]["num_epochs"] == 1      # not the starter's
+        assert json.loads((out(base, name) / "run.json").read_text())["kind"] == "nanochat"
 
 
 def test_the_default_tag_is_the_largest(base):
