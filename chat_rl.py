@@ -91,7 +91,7 @@ class Flags:
     suffix: str = ""                        # text after each question
     prefill: str = ""                       # beginning of each reply
     few_shot: str = ""                      # JSON file: a list of messages to put before each question
-    raw_prompt: bool = False                # questions hold the model's own markers: nothing is put around them
+    raw_prompt: bool = False                # questions hold the model's own markers: they are encoded as they are
     grader: Literal[*GRADERS] = "number"    # what compares a reply with the reference
     num_epochs: PositiveInt = 1             # passes over the training questions
     max_steps: NonNegativeInt | None = None  # length of the run (default: that of the epochs; 0: evaluate and exit)
@@ -266,6 +266,7 @@ class Run:
     out: Path
     num_steps: int
     argv: list[str]                         # the command lines that it was begun and gone on with
+    command: list[str]                      # the last of them
     kind: str                               # of the model: a row of MODELS
     source: str                             # where the model came from: a folder or a hub name
     source_step: int | None
@@ -626,6 +627,7 @@ FORMS = re.findall(RULE, r"""
     \\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?$                                    → ^\\circ
     \\text\{\s*sq(?:uare|\.)?\s+([a-zA-Z]+)\s*\}                                    → \\text{\1}^2
     \\text\{\s*cu(?:bic|\.)?\s+([a-zA-Z]+)\s*\}                                     → \\text{\1}^3
+    \^?\s*(\{\s*)?\\(?:text)?degree(?![a-zA-Z])(?(1)\s*\})                           → ^\\circ
     (\\(?:sin|cos|tan))\s*(\()?(\d+)\s*\^\s*\{?\\circ\s*\}?(?(2)\))                 → \1(\3\\pi/180)
     (\d*\.\d*)\\overline\s*\{(\d+)\}                                                → \1\2\2\2\2\2\2\2\2
     (?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d\d?)(?![\w.])                              → \1\\times~10^{\2}
@@ -633,7 +635,6 @@ FORMS = re.findall(RULE, r"""
     (\\[dtc]?frac)\s*(\\pi(?![a-zA-Z])|\w)                                          → \1{\2}
     (\\[dtc]?frac\s*\{[^{}]*\})\s*(\\pi(?![a-zA-Z])|\w)                             → \1{\2}
     \\[bB]igg?[lr]?(?![a-zA-Z])                                                     →
-    \\(?:text)?degree(?![a-zA-Z])                                                   → ^\\circ
     <=                                                                              → \\le~
     >=                                                                              → \\ge~
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
@@ -649,7 +650,7 @@ NAME = re.compile(
     r"""(?xam) (?:^|(?<=,))\ *(?:
         (?: \\text\{[^{}\n]*\} | \([a-zA-Z](?:,\ *[a-zA-Z])+\) | \|[A-Z]+\|
           | (?: \\(?:angle|triangle|overline|vec|alpha|beta|gamma|[dD]elta|theta|lambda|mu|phi|rho|omega)\b
-              | [a-zA-Z '{}] | _(?:[a-zA-Z]|\d+|\{\w+\}) | \^\{-1\} | \(-?\w+\))+
+              | [a-zA-Z '{}] | _(?:[a-zA-Z]|\d+|\{\w+\}) | \^\{-1\}(?=\() | (?<=[\w}])\((?:\w|-?\d+)\))+
         )\ *=\ *
     )+"""
 )
@@ -659,9 +660,8 @@ MEASURED = re.compile(
         | \^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?
         | (?!.*\b(?: hundred|thousand|\w*illion|lakh|crore|dozen|hal[fv]|third|quarter
                    | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|plus|minus|negative
-                   | one|two|three|four|five|six|seven|eight|nine|tens?|eleven|twelve|\w*teen
-                   | (?:twen|thir|for|fif|six|seven|eigh|nine)ty | pairs?|gross|below|less|over|wrong | (?:times|more)(?=\W+\w)
-                   | (?:is|not|but|or|only|point|score|grand)\b))
+                   | (?:times|more)(?=\W+\w) | less|over|wrong
+                   | (?:is|not|but|or|only|point|score|grand|tens|below)\b))
           (?: (?:(?<=.)\\text\{[a-zA-Z\s./₠-₿-]+\} (?:\s*\^\s*\{?-?\d\}?)? (?:\s*(?:\\cdot|/)\s*(?=\\text))? \s*)+
             | (?<=[\d)}\s])
               (?:[cmkdn]?m(?=\^)|[cmkdn]m|[mk]g|m[ls]|ft|in|yd|mi|lbs?|oz|hrs?|min|sec|mph|am|pm|AM|PM|USD|km/h|m/s)
@@ -1066,9 +1066,10 @@ class Log:
     """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; the same names to TensorBoard and W&B."""
 
     def __init__(self, run: Run):
-        """Takes up the log that is there."""
+        """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
-        self.lines = [*map(json.loads, self.path.read_text().splitlines())] if self.path.exists() else []
+        texts = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [line for line in map(json.loads, texts) if time_of(line) <= (run.step, False)]
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1101,8 +1102,8 @@ class Log:
             )
 
     def write(self, metrics: dict) -> None:
-        """One more line, with null for what is infinite or not a number, instead of what an earlier run has written for
-        this time and later: the file is always whole."""
+        """One more line, or a new one for an evaluation that is made again, with null for what is infinite or not a
+        number: the file is always whole."""
         self.lines = [line for line in self.lines if time_of(line) < time_of(metrics)]
         self.lines.append({key: value if math.isfinite(value) else None for key, value in metrics.items()})
         write_lines(self.path, self.lines)
@@ -1295,7 +1296,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if step in (None, state["step"]) or state["argv"][-len(argv) :] == argv:
+            if step in (None, state["step"]) or {*argv} ^ {*state["command"]} <= {"--resume"}:
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
@@ -1306,7 +1307,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     return {}
 
 
-KEPT = ("argv", "kind", "source", "source_step", "wandb_id", "step")  # of a Run: what it goes on from, and what learns
+KEPT = ("argv", "command", "kind", "source", "source_step", "wandb_id", "step")  # of a Run, in its state
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
@@ -1343,21 +1344,22 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
     begins, the same without any weights. Raises UserError."""
     given = parse_flags(argv, {})
     source, name = find_source(given.model_tag, base)
-    folder = "" if given.resume or given.max_steps != 0 else "evaluations"
-    out = base / "chatrl_checkpoints" / folder / (given.name or name)
+    out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
+    if given.resume and given.max_steps == 0:
+        raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
         say(f"going on after step {state['step']} of {out}, begun from {state['source']}, with {' '.join(argv)}")
         together = state["argv"] + argv
         if parse_flags(together, {}).lora_rank != parse_flags(state["argv"], {}).lora_rank:
             raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-        return out, {**state, "argv": together}
+        return out, {**state, "argv": together, "command": argv}
     if Path(source).is_relative_to(out):
-        raise UserError(f"{out} is what the run would begin from: give it another --name, or go on by --resume")
+        raise UserError(f"{out} is what the run would begin from: give it another --name")
     newest = max(gpt.checkpoint_steps(Path(source)), default=None)
     step = newest if given.model_step is None else given.model_step
     wandb_id = os.urandom(4).hex()
-    return out, dict(argv=argv, kind="", source=source, source_step=step, wandb_id=wandb_id, step=0)
+    return out, dict(argv=argv, command=argv, kind="", source=source, source_step=step, wandb_id=wandb_id, step=0)
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:

@@ -886,8 +886,8 @@ class Policy:
         scores, ids = self.candidates(logits)
         chosen = self.scores(logits.gather(-1, tokens.unsqueeze(-1)))
         if ids is not None:
-            last = scores[..., -1:]
-            scores = torch.cat([scores[..., :-1], torch.where(chosen < last, chosen, last)], dim=-1)
+            inside = (ids == tokens.unsqueeze(-1)).any(dim=-1, keepdim=True)
+            scores = torch.cat([scores[..., :-1], torch.where(inside, scores[..., -1:], chosen)], dim=-1)
         return chosen.squeeze(-1) - scores.logsumexp(dim=-1)
 
 

@@ -137,8 +137,11 @@ def test_token_outside_the_top_k_counts_as_inside():
     assert far_outside.item() == pytest.approx(scores[[0, 1, 4]].log_softmax(dim=-1)[2].item(), abs=1e-5)
     gradient, = torch.autograd.grad((just_outside + far_outside).sum(), raw)
     assert gradient.isfinite().all() and gradient[0, 3] > 0 and gradient[0, 4] > 0 and gradient[0, 2] == 0
-    one = gpt.Policy(1.0, 1, 15.0).logprobs(raw, torch.tensor([4]))          # k = 1: all that there is to choose from
-    assert one.item() == 0.0
+    assert gpt.Policy(1.0, 1, 15.0).logprobs(raw, torch.tensor([4])).item() == 0.0     # k = 1: all that there is to choose from
+    tied = torch.tensor([[3.0, 2.0, 1.0, 1.0]], requires_grad=True)          # of two that are equal either may be inside
+    grads = torch.cat([torch.autograd.grad(gpt.Policy(1.0, 3).logprobs(tied, torch.tensor([i])).sum(), tied)[0] for i in (2, 3)])
+    p = torch.tensor([3.0, 2.0, 1.0]).softmax(dim=0)
+    torch.testing.assert_close(grads, torch.stack([torch.stack([-p[0], -p[1], 1 - p[2], 0 * p[0]]), torch.stack([-p[0], -p[1], 0 * p[0], 1 - p[2]])]))
 
 
 def test_stopped_rows_stop_costing(tokenizer):
