@@ -741,9 +741,7 @@ def serve() -> None:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import LatexExtractionConfig, grader, parse, parser
     from sympy import Float, Matrix, Rational, simplify
-
-    def exact(value):
-        return value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
+    exact = lambda value: value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
 
     def close(a, b, *_):
         """Exact values are equal or not; decimals to 6 places, and 6 digits where they are below 1. What differs at
@@ -1290,8 +1288,8 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
 
 
 def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step, which a command line that is repeated
-    has asked for already; {} where there is none. Raises UserError where there are some, but not that."""
+    """What the newest optim_<step>.pt that can be read holds, or that of a step, unless this command line is the last
+    one again, which has had it; {} where there is none. Raises UserError where there are some, but not that."""
     paths = sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
