@@ -27,6 +27,7 @@ in gpt.recipe_of.
 
 from __future__ import annotations
 
+import csv
 import inspect
 import io
 import itertools
@@ -901,15 +902,19 @@ MADE = {"": dict, "sums": make_sums}
 def read_file(path: str) -> Iterable[dict]:
     """The records of a CSV or Parquet file, of JSON lines or of a list in JSON. Raises what the libraries raise on what
     is none: JSON's errors tell the line."""
-    kind = Path(path).suffix[1:]
-    if kind in ("csv", "parquet"):
+    kind = Path(path).suffix.lower()
+    if kind == ".parquet":
         import datasets
 
-        return datasets.load_dataset(kind, data_files=path, split="train")
+        return datasets.load_dataset("parquet", data_files=path, split="train")
+    if kind == ".csv":                      # as text: nothing is rounded, and NA is a word
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return [*csv.DictReader(file, restkey="")]
     text = Path(path).read_text("utf-8-sig")
     if not text.lstrip().startswith("["):   # each line becomes a list with what stands in it
         text = "[" + text.replace("\n", "]\n,[") + "]"
-    return itertools.chain(*json.loads(f"[{text}]", parse_float=Decimal))  # as written: a float would be rounded
+    # numbers as they are written, and NaN, pandas' way to say so, for nothing
+    return itertools.chain(*json.loads(f"[{text}]", parse_float=Decimal, parse_constant=lambda name: None))
 
 
 def load_records(place: str) -> dict:
@@ -921,7 +926,8 @@ def load_records(place: str) -> dict:
     path = os.path.expanduser(place)
     with gpt.blaming(
         f"cannot load {place}",
-        "name a file, or a folder with train.jsonl and test.jsonl, by --data, for tests alone by --eval-data",
+        "name JSON lines, a JSON list, a .csv or .parquet in UTF-8, a folder with train.jsonl and test.jsonl, or a "
+        "dataset on the hub, by --data or --few-shot, for tests alone by --eval-data (name=place,name=place)",
     ):
         if os.path.isfile(path):
             return {"train": [*read_file(path)]}
@@ -976,7 +982,10 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
     on what is no question or no reference, and where none is left."""
     grader = GRADERS[flags.grader]          # a Grader, or any function
     before = [{"role": "system", "content": flags.system}] * bool(flags.system)
-    before += load_records(flags.few_shot).get("train", [])
+    mend = "give a JSON list of messages, the assistant's last, and one system's at most, there or by --system"
+    with gpt.blaming(f"--few-shot {flags.few_shot} cannot be used", mend):
+        before += load_records(flags.few_shot).get("train", [])
+        messages_of("", before, "")
     found, where = load_records(place), f"{splits[0]} of {place or 'no --data'}"
     records = next((found[split] for split in splits if split in found), [])
     examples, long, words = [], 0, 0
@@ -997,12 +1006,13 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
-        f"tokens that --max-new-tokens leaves of the model's positions, {len(records) - long - len(examples)} lack an "
-        f"answer that the grader can read; {words} have one that counts in the same words only"
+        f"tokens that --max-new-tokens leaves of the model's positions, {len(records) - long - len(examples)} lack a "
+        f"question or an answer that the grader can read; {words} have one that counts in the same words only"
     )
     if not examples:
         columns = ", ".join(next(iter(records), ()))
-        raise UserError(f"{told}: see --data, --eval-data, --prompt-key, --answer-key (among {columns}), --grader")
+        raise UserError(f"{told}: see --data (--max-steps=0 does without), --eval-data, --prompt-key, --answer-key "
+                        f"(among {columns}), --grader")
     if words or len(examples) < len(records):
         say(told)
     return examples
@@ -1016,7 +1026,9 @@ def load_task(flags: Flags, tokenizer: Any, limit: int) -> tuple[list[Example], 
     questions = load_examples(flags, tokenizer, limit, flags.data, "train") if flags.max_steps != 0 else []
     known, tests = {example.question for example in questions}, {}
     for name, place in places:
-        own = Flags(**TASKS[name]) if name in TASKS else flags
+        if name in tests:
+            raise UserError(f"--eval-data has two of the name {name}: give each its own")
+        own = Flags(**TASKS[name]) if name in TASKS and name != flags.task else flags
         tests[name] = load_examples(own, tokenizer, limit, place, "test", "validation", "train")
         if both := sum(example.question in known for example in tests[name]):
             say(f"{both} test questions in {place} are training questions too: --eval-data names others")

@@ -1210,7 +1210,8 @@ def load_checkpoint(
     `template` replaces the chat template, which is given the `variables`. Raises UserError, naming the file, on
     whatever is missing, broken or foreign."""
     path = find_checkpoint(directory, step)
-    mend = f"{COPY_AGAIN}, or take a model of an architecture known here (nanochat's as model_<N>.pt)"
+    mend = (f"{COPY_AGAIN}, weights as *.safetensors with their index, or take a model of an architecture known here "
+            "(nanochat's as model_<N>.pt)")
     with blaming(f"{path} cannot be loaded", mend):
         if path.is_dir():
             return load_huggingface(path, lora_rank, template, variables)

@@ -124,11 +124,13 @@ def test_parquet_and_csv(load, tmp_path):
     for place in (tmp_path / "one.parquet", tmp_path / "data" / "train.parquet", tmp_path / "data" / "test.parquet"):
         place.parent.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place)
-    (tmp_path / "two.csv").write_text("prompt,answer,row\n" + "".join(f'"{i}?",{i / 2},é\n' for i in range(12)), "utf-8")
-    for name in ("one.parquet", "data", "two.csv"):
+    for name in ("one.parquet", "data"):
         train, tests = load("jsonl", tmp_path / name)
         assert len(train) == 12
         assert {x.question: x.references for x in tests[""]} == {f"{i}?": [f"{i / 2}".removesuffix(".0")] for i in range(12)}
+    written = ["3.0", "12345678901234567890", "NA", "True", ""]              # in CSV all is text
+    (tmp_path / "two.csv").write_text("prompt,answer,row\r\n" + "".join(f'"{i}\n",{x},é\r\n' for i, x in enumerate(written)), "utf-8-sig")
+    assert {x.question: x.references for x in load("jsonl", tmp_path / "two.csv", grader="exact")[0]} == {f"{i}\n": [x] for i, x in enumerate(written) if x}
 
 
 def test_tests_are_shuffled_the_same_way_however_their_place_is_spelled(load, tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_a_few_shot_file_that_is_none_is_refused(load, tmp_path, content, words)
     if content is not None:
         path.write_bytes(content)
     text = refusal(load, "think", folder(tmp_path / "data", train=GSM8K, test=GSM8K), few_shot=str(path))
-    assert all(word in text for word in words), text
+    assert all(word in text for word in words) and "--few-shot" in text, text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,9 +264,9 @@ def test_rows_without_an_answer_that_can_be_read_are_left_out(load, tmp_path, ca
     assert tests[""][0].references == ["#### 3"]
     assert sorted(x.index for x in train) == [i for i in range(12) if i not in bad]
     said = capfd.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("7 of 14 questions in train of")
+    assert said.count("\n") == 1 and said.startswith("7 of 14 questions in train of") and "7 lack a question or an answer" in said
     assert load("gsm8k", tmp_path, grader="exact", eval_data=str(write(tmp_path / "blank.jsonl", [
-        {"question": "?", "answer": [" ", "", "8"]}, {"question": "?", "answer": "\n"}])))[1][""][0].references == ["8"]
+        {"question": "?", "answer": [" ", "", "8"]}, {"question": "?", "answer": "\n"}, {"question": "?", "answer": float("nan")}])))[1][""][0].references == ["8"]
 
 
 def test_what_is_too_long_is_left_out(examples_of, tokenizer, capfd):
@@ -305,18 +307,18 @@ def test_what_is_no_question_or_no_reference_is_refused_by_row(examples_of, row,
 
 
 def test_eval_data_of_several_places(load, tokenizer, tmp_path):
-    """A name that is a row of TASKS brings its own columns, prompt and grader; any other has the run's."""
-    places = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "mine": JSONL}
+    """A name that is another row of TASKS brings its own columns, prompt and grader; any other has the run's. None comes twice."""
+    places = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "jsonl": JSONL}
     eval_data = ",".join(f"{name}={write(tmp_path / (name + '.jsonl'), rows)}" for name, rows in places.items())
     train, tests = load("jsonl", folder(tmp_path / "train", train=JSONL), eval_data=eval_data, suffix=" Go.", grader="number")
     assert {name: len(part) for name, part in tests.items()} == dict.fromkeys(places, 12)
     firsts = {name: min(part, key=lambda x: x.index) for name, part in tests.items()}
     asked = {"gsm8k": "What is 0 plus 2?", "math": "What is $1/7$?" + BOX_MATH, "aime": "What is 0 + 20?" + BOX_MATH,
-             "mine": "What is 0 times 3? Go."}
+             "jsonl": "What is 0 times 3? Go."}
     assert {name: x.prompt for name, x in firsts.items()} == {k: tokenizer.render(chat(text)) for k, text in asked.items()}
     assert {name: x.grader for name, x in firsts.items()} == {
-        "gsm8k": "number", "math": "boxed-math", "aime": "boxed-math", "mine": "number"}
-    assert firsts["aime"].references == ["020"]
+        "gsm8k": "number", "math": "boxed-math", "aime": "boxed-math", "jsonl": "number"}
+    assert firsts["aime"].references == ["020"] and "two of the name math" in refusal(load, "jsonl", tmp_path / "train", eval_data=eval_data + ",math=x")
 
 
 def test_paths_with_commas_and_equals_signs(load, tmp_path):
