@@ -433,7 +433,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
         ratio = numpy.exp(abs(drifts[-1])).mean()
-        if not ratio > (flags.max_ratio or math.inf):  # one that is not a number is no reason to leave out what is none
+        if not ratio > (flags.max_ratio or math.inf):  # NaN goes on to the update, which makes none
             norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)

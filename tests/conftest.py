@@ -125,7 +125,7 @@ def example(index: int, prompt: list[int], grader: str = "exact", references: tu
     return chat_rl.Example(index, f"question {index}", prompt, "", list(references), grader)
 
 
-def group(example: chat_rl.Example, completions: list, advantages: list, rewards: list = ()) -> chat_rl.Group:
+def group_of(example: chat_rl.Example, completions: list, advantages: list, rewards: list = ()) -> chat_rl.Group:
     """One to learn from, whatever was said."""
     return chat_rl.Group(example, completions, [], [], list(rewards), advantages, timeouts=0)
 

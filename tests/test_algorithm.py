@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 import torch
-from conftest import (chat, completion, cpu_learner, distance, example, generate, gradient_of, group, policy_of, state_of,
+from conftest import (chat, completion, cpu_learner, distance, example, generate, gradient_of, group_of, policy_of, state_of,
                       tiny_model, weights_of)
 
 import chat_rl
@@ -84,7 +84,7 @@ def some_groups(model: gpt.GPT, tokenizer: gpt.Tokenizer, temperature: float = 1
     completions[0][3] = completion([tokenizer.assistant_end], [True], [-4.0])
     for c in completions[1][:3]:
         c.tokens[-1], c.sampled[-1] = tokenizer.assistant_end, True
-    return [group(example(i, prompt), rows, chat_rl.advantages_of(rewards), rewards)
+    return [group_of(example(i, prompt), rows, chat_rl.advantages_of(rewards), rewards)
             for i, (prompt, rows, rewards) in enumerate(zip(prompts, completions, REWARDS))]
 
 
@@ -250,7 +250,7 @@ def test_a_reward_sees_score_completion_and_flags(world, recorded, monkeypatch):
 
 def groups_of(advantages: list[bool]) -> list[Group]:
     """Groups of different lengths, some without advantage."""
-    return [group(example(i, [i]), [completion([5] * (i + 1)), completion([5, 5])], [0.5, -0.5] if advantage else [0.0, 0.0])
+    return [group_of(example(i, [i]), [completion([5] * (i + 1)), completion([5, 5])], [0.5, -0.5] if advantage else [0.0, 0.0])
             for i, advantage in enumerate(advantages)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from conftest import (ROOT, SHAPE, chat, cpu_learner, example, generate, gradient_of, group, policy_of, random_prompts,
+from conftest import (ROOT, SHAPE, chat, cpu_learner, example, generate, gradient_of, group_of, policy_of, random_prompts,
                       scripted_model, state_of, tiny_model, weights_of)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -27,7 +27,7 @@ def learner_of(model: gpt.GPT, dtype: torch.dtype = torch.float32) -> gpt.Learne
 
 def groups_of(prompts: list[list[int]], completions: list[list[gpt.Completion]]) -> list[chat_rl.Group]:
     advantages = chat_rl.advantages_of([float(i % 2) for i in range(len(completions[0]))])
-    return [group(example(i, prompt), rows, advantages)
+    return [group_of(example(i, prompt), rows, advantages)
             for i, (prompt, rows) in enumerate(zip(prompts, completions))]
 
 

@@ -8,7 +8,7 @@ from typing import Callable
 import numpy
 import pytest
 import torch
-from conftest import completion, cpu_learner, example, group, on_ranks, state_of
+from conftest import completion, cpu_learner, example, group_of, on_ranks, state_of
 from memory import Job, held, sampling, stages, training
 
 import chat_rl
@@ -43,7 +43,7 @@ def updated(job: Job, model: gpt.GPT) -> int:
     model.recompute, ids = job.recompute, list(range(job.prompt + job.new))
     completions, advantages = [completion(ids[: job.new])] * job.samples, [1.0, -1.0] * (job.samples // 2)
     questions = [example(i, ids[: job.prompt]) for i in range(job.examples // job.ranks)]
-    groups = [group(question, completions, advantages) for question in questions]
+    groups = [group_of(question, completions, advantages) for question in questions]
     policy, flags = gpt.Policy(1.0, job.top_k, job.config.softcap), chat_rl.Flags(device_batch_size=job.batch)
     return peak_of(lambda: chat_rl.backward(model, groups, policy, flags))
 
