@@ -27,7 +27,6 @@ in gpt.recipe_of.
 
 from __future__ import annotations
 
-import csv
 import inspect
 import io
 import itertools
@@ -186,8 +185,7 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
-    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
-    with, and after that what is new. Raises UserError."""
+    """Those given, else the task's, else those of the kind of model. Raises UserError."""
     given = parse_flags(argv, MODELS[kind])
     adapters = MODELS["lora"] if given.lora_rank else {}
     return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
@@ -266,12 +264,7 @@ class Run:
     tokenizer: Any
     out: Path
     num_steps: int
-    argv: list[str]                         # the command lines that it was begun and gone on with
-    command: list[str]                      # the last of them
-    kind: str                               # of the model: a row of MODELS
-    source: str                             # where the model came from: a folder or a hub name
-    source_step: int | None
-    wandb_id: str
+    origin: dict                            # what it was begun from and with, for one that goes on
     step: int                               # steps done
 
 
@@ -492,7 +485,7 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
         if groups:
             answered[name] = groups
             label = f"{name}/" if name else ""
-            metrics[f"{label}grader_timeouts"] = sum(group.timeouts for group in groups)
+            metrics[f"{label}evaluation_timeouts"] = sum(group.timeouts for group in groups)
             drawn, likeliest = zip(*((group.scores[:-1], group.scores[-1:]) for group in groups))
             estimates = {f"pass@{k}": mean_pass_at_k(drawn, k) for k in range(1, flags.eval_samples + 1)}
             for key, (mean, error) in (estimates | {"greedy": mean_pass_at_k(likeliest, 1)}).items():
@@ -847,11 +840,6 @@ def same_math(reference: str, answer: str) -> bool:
 same_math.timeouts = 0
 
 
-def compared_as_words(reference: str) -> bool:
-    """Whether boxed-math takes a reference for words, which it finds in the same words only."""
-    return bool(PROSE.search(measured(clean(final_answer(reference)))[0]))
-
-
 @dataclass(frozen=True)
 class Grader:
     """Where a completion says what counts, how that is read there and in the reference, and when the two are equal."""
@@ -900,16 +888,12 @@ MADE = {"": dict, "sums": make_sums}
 
 
 def read_file(path: str) -> Iterable[dict]:
-    """The records of a CSV or Parquet file, of JSON lines or of a list in JSON. Raises what the libraries raise on what
-    is none: JSON's errors tell the line."""
-    kind = Path(path).suffix.lower()
-    if kind == ".parquet":
+    """The records of a Parquet file, of JSON lines or of a list in JSON. Raises what the libraries raise on what is
+    none: JSON's errors tell the line."""
+    if path.endswith(".parquet"):
         import datasets
 
         return datasets.load_dataset("parquet", data_files=path, split="train")
-    if kind == ".csv":                      # as text: nothing is rounded, and NA is a word
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return [*csv.DictReader(file, restkey="")]
     text = Path(path).read_text("utf-8-sig")
     if not text.lstrip().startswith("["):   # each line becomes a list with what stands in it
         text = "[" + text.replace("\n", "]\n,[") + "]"
@@ -926,7 +910,7 @@ def load_records(place: str) -> dict:
     path = os.path.expanduser(place)
     with gpt.blaming(
         f"cannot load {place}",
-        "name JSON lines, a JSON list, a .csv or .parquet in UTF-8, a folder with train.jsonl and test.jsonl, or a "
+        "name JSON lines or a JSON list in UTF-8, a .parquet, a folder with train.jsonl and test.jsonl, or a "
         "dataset on the hub, by --data or --few-shot, for tests alone by --eval-data (name=place,name=place)",
     ):
         if os.path.isfile(path):
@@ -988,7 +972,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
         messages_of("", before, "")
     found, where = load_records(place), f"{splits[0]} of {place or 'no --data'}"
     records = next((found[split] for split in splits if split in found), [])
-    examples, long, words = [], 0, 0
+    examples, long = [], 0
     for i in permutation(len(records), 42):  # as Dataset.shuffle(seed=42) does
         with gpt.blaming(f"row {i} of {where} cannot be used", SHAPES):
             question = value_in(records[i], flags.prompt_key) or ""
@@ -1002,18 +986,17 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
         fits = len(prompt) <= limit
         long += not fits
         if fits and question and references:
-            words += flags.grader == "boxed-math" and all(map(compared_as_words, references))
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
         f"tokens that --max-new-tokens leaves of the model's positions, {len(records) - long - len(examples)} lack a "
-        f"question or an answer that the grader can read; {words} have one that counts in the same words only"
+        "question or an answer that the grader can read"
     )
     if not examples:
         columns = ", ".join(next(iter(records), ()))
         raise UserError(f"{told}: see --data (--max-steps=0 does without), --eval-data, --prompt-key, --answer-key "
                         f"(among {columns}), --grader")
-    if words or len(examples) < len(records):
+    if len(examples) < len(records):
         say(told)
     return examples
 
@@ -1021,8 +1004,6 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
 def load_task(flags: Flags, tokenizer: Any, limit: int) -> tuple[list[Example], dict]:
     """The training questions, and the test questions by the name of their metrics. Raises UserError."""
     places = re.findall(r"(?:([\w.-]+)=)?(.+?)(?:,(?=[\w.-]+=)|$)", flags.eval_data) or [("", flags.data)]
-    if os.path.exists(os.path.expanduser(flags.eval_data)):  # perhaps with = or , in it
-        places = [("", flags.eval_data)]
     questions = load_examples(flags, tokenizer, limit, flags.data, "train") if flags.max_steps != 0 else []
     known, tests = {example.question for example in questions}, {}
     for name, place in places:
@@ -1052,7 +1033,7 @@ def progress_bar(total: int, title: str, rank: int) -> tqdm:
     return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     gpt.write_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
@@ -1067,19 +1048,15 @@ PANELS = [                                  # of curve.png: metrics that share a
 ]
 
 
-def time_of(metrics: dict) -> tuple[int, bool]:
-    """What the lines of metrics.jsonl are ordered by: a step's evaluation comes before the step."""
-    return metrics["step"], "reward" in metrics
-
-
 class Log:
-    """metrics.jsonl, samples_<step>.jsonl and curve.png in the run's folder; the same names to TensorBoard and W&B."""
+    """metrics.jsonl, a line for each step and the evaluation before it, samples_<step>.jsonl and curve.png in the run's
+    folder; the same names to TensorBoard and W&B."""
 
     def __init__(self, run: Run):
         """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         texts = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = [line for line in map(json.loads, texts) if time_of(line) <= (run.step, False)]
+        self.lines = {line["step"]: line for line in map(json.loads, texts) if line["step"] <= run.step}
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1088,7 +1065,7 @@ class Log:
                 self.wandb = wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "chat_rl"),
                     name=run.flags.run,
-                    id=run.wandb_id,
+                    id=run.origin["wandb_id"],
                     resume="allow",
                     dir=str(run.out),
                     config=asdict(run.flags),
@@ -1111,21 +1088,20 @@ class Log:
                 "Set WANDB_MODE=offline to keep them for `wandb sync`."
             )
 
-    def write(self, metrics: dict) -> None:
-        """One more line, or a new one for an evaluation that is made again, with null for what is infinite or not a
-        number: the file is always whole."""
-        self.lines = [line for line in self.lines if time_of(line) < time_of(metrics)]
-        self.lines.append({key: value if math.isfinite(value) else None for key, value in metrics.items()})
-        write_lines(self.path, self.lines)
+    def write(self, step: int, metrics: dict) -> None:
+        """Adds to the step's line, with null for what is infinite or not a number: the file is always whole."""
+        new = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.lines[step] = {"step": step, **self.lines.get(step, {}), **new}
+        write_lines(self.path, self.lines.values())
         with self.best_effort():
             if self.wandb:                  # steps that it has seen already it passes over
-                self.wandb.log(self.lines[-1], step=metrics["step"])
+                self.wandb.log(new, step=step)
         for key, value in metrics.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(key, value, metrics["step"])
+            self.tensorboard.add_scalar(key, value, step)
 
     def history(self, key: str) -> list:
         """The values of a metric so far."""
-        return [line[key] for line in self.lines if line.get(key) is not None]
+        return [line[key] for line in self.lines.values() if line.get(key) is not None]
 
     def seconds_left(self, run: Run) -> float:
         """After a step: as many steps as are left, each as long as the mean of the last ten, and evaluations."""
@@ -1135,7 +1111,7 @@ class Log:
 
     def write_step(self, run: Run, metrics: dict, groups: list[Group]) -> None:
         """The metrics, and in steps that begin with an evaluation every completion too; says how it goes."""
-        self.write({"step": run.step, **metrics})
+        self.write(run.step, metrics)
         text = (
             f"step {run.step}/{run.num_steps}  reward {metrics['reward']:.3f}  "
             f"length {metrics['completion_length']:.1f}  {metrics['tokens_per_second']:,.0f} tok/s  "
@@ -1156,7 +1132,7 @@ class Log:
     def write_evaluation(self, run: Run, metrics: dict, groups: dict[str, list[Group]]) -> None:
         """The metrics, every sampled completion by the name of its data, and the picture; prints a right and a wrong
         completion of the first question of each that has both."""
-        self.write({"step": run.step, **metrics})
+        self.write(run.step, metrics)
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
         self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
         for answered in groups.values():
@@ -1188,7 +1164,7 @@ class Log:
         import pandas
         from matplotlib.figure import Figure
 
-        table = pandas.DataFrame(self.lines).groupby("step").first()
+        table = pandas.DataFrame(self.lines.values()).set_index("step")
         figure = Figure(figsize=(16, 7), layout="constrained")
         first, second, *others = figure.subplots(2, (len(PANELS) + 2) // 2).flat
         for axes, keys in zip([first, *others], PANELS):
@@ -1207,7 +1183,7 @@ class Log:
         if interrupted:
             say(f"interrupted after step {run.step} of {run.num_steps}: go on with --resume")
         rewards = self.history("reward")
-        tests = [describe_evaluation(line) for line in self.lines if evaluation_keys(line)]
+        tests = [describe_evaluation(line) for line in self.lines.values() if evaluation_keys(line)]
         if rewards and tests:
             say(f"before  {tests[0]}\nafter   {tests[-1]}\nreward  {rewards[0]:.3f} → {rewards[-1]:.3f}")
             self.plot()
@@ -1220,11 +1196,8 @@ class Log:
 
 
 def evaluation_keys(keys: Iterable[str]) -> list[str]:
-    """pass@k for the powers of two, and the greedy accuracy, of each test; of several only pass@1 and the greedy
-    accuracy."""
-    several = sum(key.endswith("greedy") for key in keys) > 1
-    powers = "|".join(str(2**i) for i in range(1 if several else 64))
-    return [key for key in keys if re.search(rf"(pass@({powers})|greedy)$", key)]
+    """pass@k for some powers of two, and the greedy accuracy, of each test."""
+    return [key for key in keys if re.search("(pass@(1|2|4|8|16|32|64|128)|greedy)$", key)]
 
 
 def describe_evaluation(metrics: dict) -> str:
@@ -1306,7 +1279,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if step in (None, state["step"]) or {*argv} ^ {*state["command"]} <= {"--resume"}:
+            if step in (None, state["step"]) or {*argv} ^ {*state["origin"]["command"]} <= {"--resume"}:
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
@@ -1315,9 +1288,6 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
                         f"{', '.join(path.stem[6:] for path in paths)}, or leave out --resume to begin anew")
     say(f"nothing to resume in {out}: beginning anew")
     return {}
-
-
-KEPT = ("argv", "command", "kind", "source", "source_step", "wandb_id", "step")  # of a Run, in its state
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
@@ -1335,7 +1305,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             os.renames(out, place)
             say(f"the earlier run of {out.name} is now in {place}")
         out.mkdir(exist_ok=True)
-        about = {key: getattr(run, key) for key in KEPT} | {"flags": asdict(run.flags), "torch": torch.__version__}
+        about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
         for script in (__file__, gpt.__file__):
             gpt.write_file(out / Path(script).name, Path(script).read_bytes())
@@ -1350,26 +1320,24 @@ def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
 
 
 def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
-    """The run's folder, and the state of what it goes on from, with its command line and this one in one; where it
-    begins, the same without any weights. Raises UserError."""
+    """The run's folder, and the state of what it goes on from; where it begins, the same without flags and weights.
+    Raises UserError."""
     given = parse_flags(argv, {})
     source, name = find_source(given.model_tag, base)
-    out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
-    if given.resume and given.max_steps == 0:
-        raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
+    kind = "evaluations" if given.max_steps == 0 and not given.resume else ""
+    out = base / "chatrl_checkpoints" / kind / (given.name or name)
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
-        say(f"going on after step {state['step']} of {out}, begun from {state['source']}, with {' '.join(argv)}")
-        together = state["argv"] + argv
-        if parse_flags(together, {}).lora_rank != parse_flags(state["argv"], {}).lora_rank:
-            raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-        return out, {**state, "argv": together, "command": argv}
-    if Path(source).is_relative_to(out):
+        say(f"going on after step {state['step']} of {out}, begun from {state['origin']['source']}, with "
+            f"{' '.join(argv)}")
+    elif Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
-    newest = max(gpt.checkpoint_steps(Path(source)), default=None)
-    step = newest if given.model_step is None else given.model_step
-    wandb_id = os.urandom(4).hex()
-    return out, dict(argv=argv, command=argv, kind="", source=source, source_step=step, wandb_id=wandb_id, step=0)
+    else:
+        newest = max(gpt.checkpoint_steps(Path(source)), default=None)
+        step = newest if given.model_step is None else given.model_step
+        state = {"origin": dict(source=source, source_step=step, wandb_id=os.urandom(4).hex()), "flags": {}, "step": 0}
+    state["origin"]["command"] = argv
+    return out, state
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
@@ -1377,24 +1345,25 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
     out, state = find_run(argv, base)
-    given = parse_flags(state["argv"], {})
+    given, origin = parse_flags(argv, state["flags"]), state["origin"]
+    if given.lora_rank != state["flags"].get("lora_rank", given.lora_rank):
+        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
     whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
-    place, step = (str(out), state["step"]) if whole else (state["source"], state["source_step"])
+    place, step = (str(out), state["step"]) if whole else (origin["source"], origin["source_step"])
     starter = Path(place) == base / "chatsft_checkpoints" / "starter"
     if starter and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
-    found = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    state["kind"] = state["kind"] or found
-    flags = settle_flags(state["argv"], state["kind"])
+    kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    flags = given if state["flags"] else settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     epochs = flags.num_epochs * (len(questions) // flags.examples_per_step)
     num_steps = epochs if flags.max_steps is None else flags.max_steps
-    run = Run(flags, questions, tests, tokenizer, out, num_steps, **{key: state[key] for key in KEPT})
+    run = Run(flags, questions, tests, tokenizer, out, num_steps, origin, state["step"])
     open_folder(run, stack)
     return run, model, state
 
@@ -1404,7 +1373,7 @@ def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Lear
     flags = run.flags
     fast = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = flags.dtype or ("bfloat16" if fast else "float32")
-    learner = Learner(model, ranks, getattr(torch, dtype), flags if run.num_steps else None)
+    learner = Learner(model, ranks, getattr(torch, dtype), flags if run.num_steps or run.step else None)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)
@@ -1419,8 +1388,8 @@ def save(run: Run, learner: Learner) -> None:
     if learner.ranks.rank:
         return
     weights = {**learner.model.state_dict(), **state["masters"]}
-    gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.source)
-    state |= {key: getattr(run, key) for key in KEPT}
+    gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
+    state |= {"origin": run.origin, "flags": asdict(run.flags), "step": run.step}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
     kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]
     for path in run.out.iterdir():

@@ -151,12 +151,12 @@ def test_flags_may_change(finished, capfd):
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
     assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
-    assert main(finished, *plain, "--max-steps=0") == 2 and "--max-steps=0 does not go on" in capfd.readouterr().err
+    assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/0" in capfd.readouterr().out   # evaluates it where it stands
     for step in (13, 14):               # the second time it is a repetition
         assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
         assert f"going on after step {step} of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
     assert main(finished, *plain, "--max-steps=15", "--eval-every=100") == 0
-    assert [line["step"] for line in metrics(finished) if "greedy" in line][-2:] == [14, 15]     # neither is lost
+    assert [line["step"] for line in metrics(finished) if "greedy" in line][-2:] == [14, 15] == [line["step"] for line in metrics(finished)][-2:]  # neither is lost
 
 
 def test_the_source_need_not_be_there(finished, whole):
