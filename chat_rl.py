@@ -49,7 +49,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Iterator, Literal, Sequence
+from typing import Annotated, Any, Callable, Iterable, Iterator, Literal
 
 import filelock
 import numpy
@@ -159,12 +159,17 @@ THINK = (
     "Work the question out between <think> and </think>, then give the final answer, a number and nothing else, "
     "between <answer> and </answer>. Only what stands between the answer tags is scored."
 )
-MATH = "nlile/hendrycks-MATH-benchmark"     # Hendrycks et al. 2021: 12,000 problems to learn from, MATH-500 to test
 TASKS = {
     "arithmetic": dict(data="sums", grader="exact"),
     "gsm8k": dict(data="openai/gsm8k:main", grader="number"),  # grade-school maths in words (Cobbe et al. 2021)
     "gsm8k-boxed": dict(data="openai/gsm8k:main", grader="boxed-number", suffix=BOX_NUMBER),
-    "math": dict(data=MATH, grader="boxed-math", prompt_key="problem", answer_key="solution", suffix=BOX_MATH),
+    "math": dict(                           # Hendrycks et al. 2021: 12,000 problems to learn from, MATH-500 to test
+        data="nlile/hendrycks-MATH-benchmark",
+        grader="boxed-math",
+        prompt_key="problem",
+        answer_key="solution",
+        suffix=BOX_MATH,
+    ),
     "aime": dict(eval_data="HuggingFaceH4/aime_2024", grader="boxed-math", prompt_key="problem", suffix=BOX_MATH),
     "think": dict(data="openai/gsm8k:main", grader="tagged-number", system=THINK),
     "jsonl": dict(grader="boxed-math", prompt_key="prompt"),
@@ -185,7 +190,8 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
-    """Those given, else the task's, else those of the kind of model. Raises UserError."""
+    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
+    with, and after that what is new. Raises UserError."""
     given = parse_flags(argv, MODELS[kind])
     adapters = MODELS["lora"] if given.lora_rank else {}
     return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
@@ -200,7 +206,7 @@ class Example:
     """A question to ask."""
 
     index: int                              # its place in the data, which names its random numbers
-    question: str                           # for people
+    question: str                           # for people, and to find what is trained on and tested
     prompt: list[int]                       # the tokens that ask it, up to where the model goes on
     opening: str                            # what of the reply they hold already
     references: list[str]                   # what the data say: any of them may be matched
@@ -264,7 +270,7 @@ class Run:
     tokenizer: Any
     out: Path
     num_steps: int
-    origin: dict                            # what it was begun from and with, for one that goes on
+    origin: dict                            # what it was begun from and with: all that is saved of it but its step
     step: int                               # steps done
 
 
@@ -275,13 +281,12 @@ def permutation(n: int, *counters: int) -> list[int]:
     return numpy.random.default_rng(counters).permutation(n).tolist()
 
 
-def questions_of_step(run: Run, step: int) -> list[Example]:
-    """The training questions of a step: each epoch goes through them in an order of its own."""
+def questions_of_step(run: Run) -> list[Example]:
+    """The training questions of the step: each epoch goes through them in an order of its own."""
     size = run.flags.examples_per_step
-    epoch, number = divmod(step, len(run.questions) // size)
+    epoch, number = divmod(run.step, len(run.questions) // size)
     order = permutation(len(run.questions), run.flags.seed, ORDER, epoch)
-    start = number * size
-    return [run.questions[i] for i in order[start : start + size]]
+    return [run.questions[i] for i in order[number * size :][:size]]
 
 
 def deal(items: list, costs: list[int], ranks: Ranks) -> list:
@@ -324,7 +329,7 @@ def rollout(
 ) -> list[Group]:
     """Samples from the policy and grades, each rank its share of the examples, about `rollout_batch_size` rows at once.
     If `greedy`, the last sample of each takes the likeliest token every time. Returns on rank 0 alone the groups of
-    all, in the order of their questions. Raises Interrupted on all ranks where a signal cuts one short."""
+    all, in the order of the data. Raises Interrupted on all ranks where a signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
@@ -378,7 +383,7 @@ def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
 
 def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> Tensor:
     """Adds the gradient of the loss, summed over the sampled tokens, to that of the model, `device_batch_size` rows at
-    once. Completions without advantage, so whole groups whose rewards agree, are not run. Returns log π / π_sampled
+    once. Completions without advantage are not run; each group has some with one. Returns log π / π_sampled
     (M,) of the tokens that were learned from, π being the policy now.
 
     A question runs forward once and backward once, whatever the batch: its completions read copies of what it left
@@ -396,7 +401,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
             logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)
             sampled_logprobs = numpy.concatenate([c.logprobs[c.sampled] for c in completions])
-            sampled_logprobs = torch.from_numpy(sampled_logprobs).to(model.device)
+            sampled_logprobs = torch.tensor(sampled_logprobs, device=model.device)
             advantages = torch.tensor(advantages, device=model.device)
             loss_of(logprobs, sampled_logprobs, advantages[owners], flags).sum().backward()
             log_ratios.append(logprobs.detach() - sampled_logprobs)
@@ -409,7 +414,7 @@ def minibatches(run: Run, groups: list[Group]) -> list[list[Group]]:
     K = run.flags.updates_per_rollout
     order = permutation(len(groups), run.flags.seed, DEALING, run.step)
     learned = [groups[i] for i in order if groups[i].learnable()]
-    return [learned[k::K] for k in range(min(K, len(learned)))]
+    return [learned[k::K] for k in range(K) if learned[k:]]
 
 
 def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> dict:
@@ -419,21 +424,20 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     num_tokens = num_sampled([c for group in groups for c in group.completions]) / flags.updates_per_rollout
     norms = []                              # of the gradient, in each minibatch that was learned from
     drifts = []                             # log π / π_sampled of each minibatch's tokens, those of all ranks
-    parts = minibatches(run, groups)
-    for part in parts:
+    for part in minibatches(run, groups):
         learner.model.zero_grad(set_to_none=False)
         costs = [sum(len(c.tokens) for c, _ in group.learnable()) for group in part]
         log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
-        ratio = numpy.exp(abs(drifts[-1])).mean()
-        if not ratio > (flags.max_ratio or math.inf):  # NaN goes on to the update, which makes none
+        # NaN goes on to the update, which makes none
+        if not numpy.exp(abs(drifts[-1])).mean() > (flags.max_ratio or math.inf):
             norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)
     low, high = bounds_of(flags)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
-        "updates_left_out": len(parts) - len(norms),
+        "updates_left_out": len(drifts) - len(norms),
         "sampler_gap": abs(drifts[0]).mean() if drifts else 0.0,  # before any update
         "ratio_max": numpy.exp(abs(drift)).max(),
         "approx_kl": (ratio - 1 - drift).mean(),  # the k3 estimate (Schulman 2020)
@@ -444,7 +448,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
 def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     """One step: sample, grade, learn. Returns its metrics and groups."""
     flags, ranks, start = run.flags, learner.ranks, time.monotonic()
-    questions = questions_of_step(run, run.step)
+    questions = questions_of_step(run)
     policy = Policy(flags.temperature, flags.top_k, learner.model.config.softcap)
     seed = flags.seed, TRAINING, run.step
     groups = ranks.from_main(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
@@ -459,15 +463,10 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     }, groups
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n of them: 1 − C(n−c, k) / C(n, k) (Chen et
-    al. 2021)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def mean_pass_at_k(scores: Sequence[list[float]], k: int) -> tuple[float, float]:
-    """The mean pass@k of questions with these scores, and its standard error (0 for a single one)."""
-    values = [pass_at_k(len(row), sum(score >= 1 for score in row), k) for row in scores]
+def pass_at_k(scores: list[list[float]], k: int) -> tuple[float, float]:
+    """The chance that one of k samples is right, 1 − C(wrong, k) / C(n, k) without bias from a question's n scores (Chen
+    et al. 2021): its mean over the questions, and the standard error of that (0 for a single one)."""
+    values = [1 - math.comb(sum(score < 1 for score in row), k) / math.comb(len(row), k) for row in scores]
     return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
 
 
@@ -482,13 +481,14 @@ def evaluate(run: Run, learner: Learner) -> tuple[dict[str, float], dict[str, li
     for name, examples in run.tests.items():
         examples = examples[: flags.eval_examples or None]
         groups = rollout(run, learner, examples, flags.eval_samples + 1, policy, seed, "evaluation", greedy=True)
-        if groups:
+        if groups:                          # on rank 0
             answered[name] = groups
             label = f"{name}/" if name else ""
             metrics[f"{label}evaluation_timeouts"] = sum(group.timeouts for group in groups)
-            drawn, likeliest = zip(*((group.scores[:-1], group.scores[-1:]) for group in groups))
-            estimates = {f"pass@{k}": mean_pass_at_k(drawn, k) for k in range(1, flags.eval_samples + 1)}
-            for key, (mean, error) in (estimates | {"greedy": mean_pass_at_k(likeliest, 1)}).items():
+            drawn = [group.scores[:-1] for group in groups]
+            estimates = {f"pass@{k}": pass_at_k(drawn, k) for k in range(1, flags.eval_samples + 1)}
+            estimates["greedy"] = pass_at_k([group.scores[-1:] for group in groups], 1)
+            for key, (mean, error) in estimates.items():
                 metrics |= {label + key: mean, f"{label}{key}_error": error}
     return metrics | {"evaluation_seconds": time.monotonic() - start}, answered
 
@@ -983,9 +983,9 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
         thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
         opening = (thought + flags.prefill) * (getattr(grader, "in_text", None) is not str)
         prompt += tokenizer.encode(flags.prefill)
-        fits = len(prompt) <= limit
-        long += not fits
-        if fits and question and references:
+        if len(prompt) > limit:
+            long += 1
+        elif question and references:
             examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
@@ -1056,7 +1056,7 @@ class Log:
         """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         texts = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = {line["step"]: line for line in map(json.loads, texts) if line["step"] <= run.step}
+        self.lines = {line["step"]: line for line in map(json.loads, texts) if line["step"] < run.step + ("reward" not in line)}
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1091,13 +1091,14 @@ class Log:
     def write(self, step: int, metrics: dict) -> None:
         """Adds to the step's line, with null for what is infinite or not a number: the file is always whole."""
         new = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.lines[step] = {"step": step, **self.lines.get(step, {}), **new}
+        self.lines.setdefault(step, {"step": step}).update(new)
         write_lines(self.path, self.lines.values())
         with self.best_effort():
             if self.wandb:                  # steps that it has seen already it passes over
                 self.wandb.log(new, step=step)
-        for key, value in metrics.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(key, value, step)
+        if self.tensorboard:
+            for key, value in metrics.items():
+                self.tensorboard.add_scalar(key, value, step)
 
     def history(self, key: str) -> list:
         """The values of a metric so far."""
@@ -1166,22 +1167,21 @@ class Log:
 
         table = pandas.DataFrame(self.lines.values()).set_index("step")
         figure = Figure(figsize=(16, 7), layout="constrained")
-        first, second, *others = figure.subplots(2, (len(PANELS) + 2) // 2).flat
-        for axes, keys in zip([first, *others], PANELS):
-            steps = table.reindex(columns=keys).dropna()
-            axes.plot(steps, alpha=0.35, linewidth=1)
-            axes.axhspan(0, 0.01, alpha=0)  # in the picture
-            axes.set_prop_cycle(None)       # the same colours again
-            steps.rolling(10, min_periods=1).mean().plot(ax=axes)
+        first, *others = figure.subplots(2, (len(PANELS) + 2) // 2).flat
         tests = table[evaluation_keys(table)].dropna(how="all")
         errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
-        tests.plot(ax=second, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
+        tests.plot(ax=first, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
+        for axes, keys in zip(others, PANELS):
+            steps = table.reindex(columns=keys).dropna()
+            axes.plot(steps, color="lightgray")
+            axes.axhspan(0, 0.01, alpha=0)  # in the picture
+            steps.rolling(10, min_periods=1).mean().plot(ax=axes)
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
 
     def close(self, run: Run, interrupted: bool) -> None:
         """Says what the run has changed, and where to look."""
         if interrupted:
-            say(f"interrupted after step {run.step} of {run.num_steps}: go on with --resume")
+            say(f"interrupted after {run.step} of {run.num_steps} steps: go on with --resume")
         rewards = self.history("reward")
         tests = [describe_evaluation(line) for line in self.lines.values() if evaluation_keys(line)]
         if rewards and tests:
@@ -1279,7 +1279,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if step in (None, state["step"]) or {*argv} ^ {*state["origin"]["command"]} <= {"--resume"}:
+            if step in (None, state["step"]) or state["origin"]["argv"][-len(argv) :] == argv:
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
@@ -1319,51 +1319,52 @@ def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
     return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
 
 
-def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
-    """The run's folder, and the state of what it goes on from; where it begins, the same without flags and weights.
-    Raises UserError."""
+def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
+    """The run's folder, its origin, and the state that it goes on from; {} where it begins. Raises UserError."""
     given = parse_flags(argv, {})
+    argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
-    kind = "evaluations" if given.max_steps == 0 and not given.resume else ""
-    out = base / "chatrl_checkpoints" / kind / (given.name or name)
+    alone = "evaluations" if given.max_steps == 0 and not given.resume else ""
+    out = base / "chatrl_checkpoints" / alone / (given.name or name)
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
-        say(f"going on after step {state['step']} of {out}, begun from {state['origin']['source']}, with "
-            f"{' '.join(argv)}")
-    elif Path(source).is_relative_to(out):
+        origin = state["origin"]
+        say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
+        return out, origin | {"argv": origin["argv"] + argv}, state
+    if Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
-    else:
-        newest = max(gpt.checkpoint_steps(Path(source)), default=None)
-        step = newest if given.model_step is None else given.model_step
-        state = {"origin": dict(source=source, source_step=step, wandb_id=os.urandom(4).hex()), "flags": {}, "step": 0}
-    state["origin"]["command"] = argv
-    return out, state
+    step = given.model_step
+    if step is None:
+        step = max(gpt.checkpoint_steps(Path(source)), default=None)
+    wandb_id = os.urandom(4).hex()
+    return out, dict(argv=argv, source=source, source_step=step, lora_rank=given.lora_rank, wandb_id=wandb_id), {}
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
-    out, state = find_run(argv, base)
-    given, origin = parse_flags(argv, state["flags"]), state["origin"]
-    if given.lora_rank != state["flags"].get("lora_rank", given.lora_rank):
+    out, origin, state = find_run(argv, base)
+    given = parse_flags(origin["argv"], {})
+    if given.lora_rank != origin["lora_rank"]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-    whole = state["step"] and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
+    whole = bool(state) and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
     place, step = (str(out), state["step"]) if whole else (origin["source"], origin["source_step"])
-    starter = Path(place) == base / "chatsft_checkpoints" / "starter"
-    if starter and not gpt.checkpoint_steps(Path(place)):
+    starter = Path(origin["source"]).parts[-2:] == ("chatsft_checkpoints", "starter")
+    if starter and not whole and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
     kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    flags = given if state["flags"] else settle_flags(argv, kind)
+    flags = settle_flags(origin["argv"], kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
-    epochs = flags.num_epochs * (len(questions) // flags.examples_per_step)
-    num_steps = epochs if flags.max_steps is None else flags.max_steps
-    run = Run(flags, questions, tests, tokenizer, out, num_steps, origin, state["step"])
+    done, num_steps = state.get("step", 0), flags.max_steps
+    if num_steps is None:
+        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
+    run = Run(flags, questions, tests, tokenizer, out, max(done, num_steps), origin, done)
     open_folder(run, stack)
     return run, model, state
 
@@ -1373,7 +1374,7 @@ def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Lear
     flags = run.flags
     fast = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = flags.dtype or ("bfloat16" if fast else "float32")
-    learner = Learner(model, ranks, getattr(torch, dtype), flags if run.num_steps or run.step else None)
+    learner = Learner(model, ranks, getattr(torch, dtype), flags if run.num_steps else None)
     learner.model.recompute = flags.recompute
     if run.step:
         learner.load_state(state)
@@ -1389,7 +1390,7 @@ def save(run: Run, learner: Learner) -> None:
         return
     weights = {**learner.model.state_dict(), **state["masters"]}
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
-    state |= {"origin": run.origin, "flags": asdict(run.flags), "step": run.step}
+    state |= {"origin": run.origin, "step": run.step}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
     kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]
     for path in run.out.iterdir():

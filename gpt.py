@@ -120,9 +120,10 @@ class Ranks:
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        self.signal = self.signal or number
-        self.signalled = self.signalled or time.monotonic()
-        if time.monotonic() - self.signalled > 1:  # one Ctrl-C can arrive twice under torchrun
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self.signalled = number, now
+        if now - self.signalled > 1:        # one Ctrl-C can arrive twice under torchrun
             os._exit(128 + number)
 
     def poll(self) -> None:
@@ -132,8 +133,7 @@ class Ranks:
 
     def check(self) -> None:
         """Raises Interrupted on all ranks where any of them was told to stop."""
-        number = max(self.all_gather(self.signal))
-        if number:
+        if number := max(self.all_gather(self.signal)):
             raise Interrupted(number)
 
     @contextmanager
@@ -157,12 +157,13 @@ def find_device(device_type: str) -> torch.device:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape anew, and has NaN gradients with masks
     return device
 
 
 def start_ranks(device_type: str) -> Ranks:
     """Joins the other processes that torchrun has started. Raises UserError where they cannot run together."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     device = find_device(device_type)
     if "RANK" not in os.environ:
         return Ranks(device)
@@ -213,8 +214,8 @@ def mask_of(queries: Tensor, keys: Tensor, window: int, dtype: torch.dtype) -> T
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
-    """q·k in float32, which a softmax needs even where its weights do not: q (B, G, M, D), k (B, G, K, D) ->
-    (B, G, M, K)."""
+    """q·k in float32, which a softmax needs even where its weights do not: q (B, G, Q, D), k (B, G, K, D) ->
+    (B, G, Q, K)."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32).unflatten(0, q.shape[:2])
     return q.float() @ k.float().mT
@@ -298,8 +299,8 @@ class Cache:
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, G, ·, E) -> (P, G, N·, E): what the rows of a group ask of their shared part becomes one matrix."""
         if self.slots is not None:
-            places = x.new_zeros(len(self.prefix.lengths) * self.num_samples, *x.shape[1:])
-            x = places.index_copy_(0, self.slots, x)
+            shape = len(self.prefix.lengths) * self.num_samples, *x.shape[1:]
+            x = x.new_zeros(shape).index_copy_(0, self.slots, x)
         return x.unflatten(0, (-1, self.num_samples)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
@@ -464,13 +465,15 @@ class Linear(nn.Linear):
 
     def __init__(self, width: int, height: int, bias: bool = False, rank: int = 0):
         super().__init__(width, height, bias)
-        self.scale = LORA_ALPHA / max(rank, 1)
-        self.lora_a = nn.Parameter(torch.empty(rank, width)) if rank else None
-        self.lora_b = nn.Parameter(torch.empty(height, rank)) if rank else None
+        self.rank = rank
+        if rank:
+            self.scale = LORA_ALPHA / rank
+            self.lora_a = nn.Parameter(torch.empty(rank, width))
+            self.lora_b = nn.Parameter(torch.empty(height, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(x, self.weight, self.bias)
-        if self.lora_a is not None:
+        if self.rank:
             y = torch.add(y, product(product(x, self.lora_a), self.lora_b), alpha=self.scale)
         return y
 
@@ -603,8 +606,8 @@ class GPT(nn.Module):
         if not config.tied:
             self.lm_head = Linear(C, rows)
         width = config.n_kv_head * config.head_dim
-        gated = [str(i) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")]
-        self.value_embeds = nn.ModuleDict({i: table(width) for i in gated})
+        gated = {str(i): table(width) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")}
+        self.value_embeds = nn.ModuleDict(gated)
         if config.lambdas:
             self.resid_lambdas = nn.Parameter(torch.linspace(1.15, 1.05, L))
             self.x0_lambdas = nn.Parameter(torch.linspace(0.20, 0.05, L))
@@ -652,11 +655,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             if config.lambdas:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            value = None
-            if str(i) in self.value_embeds:
-                value = self.value_embeds[str(i)](ids)
-            run = recomputed(block, self.recompute)
-            x = run(x, value, rope, masks[windows[i]], cache)
+            value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
+            x = recomputed(block, self.recompute)(x, value, rope, masks[windows[i]], cache)
             if i == config.n_layer // 2:
                 middle = x
         if config.smear:
@@ -666,8 +666,7 @@ class GPT(nn.Module):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> float32 logits (..., vocab_size), before a softcap, which is the policy's."""
         table = self.transformer.wte if self.config.tied else self.lm_head
-        logits = product(hidden, table.weight)
-        return logits[..., : self.config.vocab_size].float()
+        return product(hidden, table.weight)[..., : self.config.vocab_size].float()
 
 
 def empty_model(config: Config) -> GPT:
@@ -678,8 +677,7 @@ def empty_model(config: Config) -> GPT:
 
 def pad(sequences: list, device: torch.device) -> Tensor:
     """Lists or arrays of numbers -> (B, T), padded with zeros on the right."""
-    tensors = [torch.as_tensor(sequence) for sequence in sequences]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+    return nn.utils.rnn.pad_sequence([*map(torch.as_tensor, sequences)], batch_first=True).to(device)
 
 
 def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
@@ -720,8 +718,7 @@ class Tokenizer:
     """nanochat's: a tiktoken encoding and special tokens, each an attribute: bos, user_start, …, output_end.
 
     What every tokenizer has: `vocab_size`, `encode`, `encode_raw`, `decode`, `render`, the `stops` that end the model's
-    turn, the `files` that it is loaded from again, and `call_end`, which closes a call of the calculator that
-    `answer_call` answers (−1: none).
+    turn, `call_end`, which closes a call of the calculator that `answer_call` answers (−1: none), and `save`.
     """
 
     SPECIAL = (
@@ -751,12 +748,11 @@ class Tokenizer:
         user, assistant) and a content; a system text stands at the head of the first user turn."""
         if messages[0]["role"] == "system":
             system, first, *rest = messages
-            opening = system["content"] + "\n\n" + first["content"]
-            messages = [{"role": "user", "content": opening}, *rest]
+            messages = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
         ids = [self.bos]
         for message in messages:
-            start, end = (getattr(self, f"{message['role']}_{name}") for name in ("start", "end"))
-            ids += [start, *self.encode(message["content"]), end]
+            role = message["role"]
+            ids += [getattr(self, f"{role}_start"), *self.encode(message["content"]), getattr(self, f"{role}_end")]
         return [*ids, self.assistant_start]
 
     def answer_call(self, ids: list[int]) -> list[int]:
@@ -898,11 +894,7 @@ def in_pieces(model: GPT, work: Callable, hidden: Tensor, other: Tensor) -> Tens
     """work(logits, other) (…, M) of hidden states (M, C) and what belongs to them (M,), piece by piece, with no more
     than LOGITS_AT_ONCE logits at once: a backward makes those of several pieces again."""
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_rows)
-
-    def unembed_and_work(hidden: Tensor, other: Tensor) -> Tensor:
-        return work(model.unembed(hidden), other)
-
-    run = recomputed(unembed_and_work, when=len(hidden) > size)
+    run = recomputed(lambda hidden, other: work(model.unembed(hidden), other), when=len(hidden) > size)
     return torch.cat(list(map(run, hidden.split(size), other.split(size))), dim=-1)
 
 
@@ -1164,11 +1156,12 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
     about = path.with_name(path.stem.replace("model", "meta") + ".json")
     with blaming(f"{about} is no nanochat meta file", COPY_AGAIN):
         raw = json.loads(about.read_text())["model_config"]
-        known = raw["vocab_size"]
     state = {key.removeprefix("_orig_mod."): tensor.contiguous() for key, tensor in read_state(path).items()}
     rows = len(state["transformer.wte.weight"])
-    if not tokenizer.vocab_size == known <= rows:
-        raise UserError(f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {known}: {mend}")
+    if not tokenizer.vocab_size == raw["vocab_size"] <= rows:
+        raise UserError(
+            f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {raw['vocab_size']}: {mend}"
+        )
     config = nanochat_config(detect_generation(state), **raw, vocab_rows=rows, lora_rank=lora_rank)
     return build(config, state, raw), tokenizer
 
@@ -1226,7 +1219,7 @@ def merge(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, x in state.items():
         module, _, kind = key.rpartition(".")
         if kind == "weight" and f"{module}.lora_a" in state:
-            a, b = (state[f"{module}.{name}"].cpu().float() for name in ("lora_a", "lora_b"))
+            a, b = (state[f"{module}.lora_{end}"].cpu().float() for end in "ab")
             x = x.cpu().float() + model.get_submodule(module).scale * b @ a
         if "lora_" not in kind:             # a copy: a view would be written with all that it is a view of
             weights[key] = x.to("cpu", model.stored_types.get(key), copy=True)
@@ -1304,8 +1297,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x.mT if tall else x
-    norm = x.norm(dim=(-2, -1), keepdim=True)
-    x = x / (1.01 * norm).clamp(min=1e-30)
+    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-30)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -1371,7 +1363,7 @@ class Shard:
         if is_muon:
             muon(masters, self.p.grad, average, lr * fraction)
         else:
-            steps = torch.tensor(steps - 1.0, device=masters.device)
+            steps = torch.full((), steps - 1.0, device=masters.device)  # a GPU would wait for a tensor from here
             adamw(
                 [masters], [self.p.grad], [average], squares, [], [steps],
                 lr=lr * fraction,
@@ -1415,7 +1407,7 @@ class Learner:
             owner = loads.index(min(loads))  # the rank with the least to hold
             loads[owner] += p.numel() * (1 + len(averages))
             mine = owner == ranks.rank
-            state = {"masters": p.detach().float() if mine else None}
+            state = {"masters": p.detach().float() if mine else None}  # in float32 the weights themselves
             state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
             self.shards[name] = Shard(p, recipe, owner, state)
         self.load_state({"updates": 0, "masters": theirs})
@@ -1436,6 +1428,7 @@ class Learner:
                     shard.p.grad.mul_(clip / norm)
                 if shard.owner == self.ranks.rank:
                     shard.step(self.updates, fraction)
+            for shard in shards:            # apart, for a rank that receives waits for the owner's step
                 self.ranks.broadcast(shard.p, shard.owner)
         return norm
 
@@ -1460,7 +1453,7 @@ class Learner:
         self.updates = self.ranks.from_main(saved.get("updates"))
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
-                shard.p.grad.copy_(saved.get(kind, {}).get(name, torch.zeros(())))
+                shard.p.grad.copy_(saved.get(kind, {}).get(name, shard.p.grad.new_zeros(())))
                 self.ranks.broadcast(shard.p.grad)
                 if x is not None:
                     x.copy_(shard.p.grad)

@@ -31,7 +31,7 @@ def main(repo: Path, folder: Path, argv: list[str], base: Path, steps: int = 4) 
     examples = chat_rl.load_examples(flags, tokenizer, 2048, flags.data, "train")
     run = chat_rl.Run(flags, examples, {}, tokenizer, base, len(examples) // size, {}, 0)
     learner = chat_rl.make_learner(run, model, {}, gpt.Ranks(torch.device("cpu")))
-    chat_rl.questions_of_step = lambda _, step: examples[step * size:(step + 1) * size]   # nanochat's order
+    chat_rl.questions_of_step = lambda run: examples[run.step * size:][:size]             # nanochat's order
     chat_rl.Group.learnable = lambda it: [x for x in zip(it.completions, it.advantages) if x[1] or run.step == steps - 1]
     (base / "chatsft_checkpoints").symlink_to(folder.resolve().parent)
     (base / "tokenizer").mkdir()
@@ -41,7 +41,7 @@ def main(repo: Path, folder: Path, argv: list[str], base: Path, steps: int = 4) 
     from nanochat import common, engine
 
     def sampled(self, prompt: list[int], sample=engine.Engine.generate_batch, **settings) -> tuple:
-        assert prompt in [example.prompt for example in chat_rl.questions_of_step(run, run.step)]
+        assert prompt in [example.prompt for example in chat_rl.questions_of_step(run)]
         begun = time.perf_counter()
         rows, masks = sample(self, prompt, **settings)
         theirs["sampling"] += time.perf_counter() - begun

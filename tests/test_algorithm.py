@@ -330,11 +330,8 @@ def test_pass_at_k_is_the_share_of_subsets(n):
     for right in range(n + 1):
         for k in range(1, n + 1):
             subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
-            assert chat_rl.pass_at_k(n, right, k) == pytest.approx(statistics.mean(map(any, subsets)))
-
-
-def test_a_single_question_has_no_error():
-    assert chat_rl.mean_pass_at_k([[1.0, 0.0, 0.0, 0.5]], 1) == (0.25, 0.0)
+            share = statistics.mean(map(any, subsets))
+            assert chat_rl.pass_at_k([[1.0] * right + [0.5] * (n - right)], k) == (pytest.approx(share), 0.0)
 
 
 def test_each_epoch_shuffles_all_questions():
@@ -343,7 +340,7 @@ def test_each_epoch_shuffles_all_questions():
 
     def order(seed: int, epoch: int) -> list[int]:
         run = SimpleNamespace(questions=examples, flags=Flags(examples_per_step=4, seed=seed))
-        return [x.index for step in range(6 * epoch, 6 * epoch + 6) for x in chat_rl.questions_of_step(run, step)]
+        return [x.index for run.step in range(6 * epoch, 6 * epoch + 6) for x in chat_rl.questions_of_step(run)]
 
     orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 5)]
     assert all(len(set(numbers)) == 24 for numbers in orders)

@@ -266,10 +266,10 @@ def test_update(tokenizer, generation):
         chat_rl.backward(learner.model, groups, policy_of(model), flags)
         torch.testing.assert_close(gradient_of(learner.model).cpu(), gradient_of(reference.model))
         before = weights_of(learner.model).cpu()
-        device.waits.clear()
+        device.waits.clear(), device.uploads.clear()
         learner.update(7.0)
         learner.update(7.0, 0.5, 0.1)
-        assert device.waits.total() <= 2, device.waits.most_common()
+        assert device.waits.total() <= 2 and not device.uploads, (device.waits.most_common(), device.uploads.most_common())
         assert all(p.is_cuda for p in learner.model.parameters()) and not torch.equal(weights_of(learner.model).cpu(), before)
 
 

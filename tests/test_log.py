@@ -419,4 +419,4 @@ def test_a_signal_in_an_evaluation_begins_no_step(base, monkeypatch, capfd, numb
     assert main(base, *FLAGS, "--run=dummy") == status
     signal.signal(number, kept)
     assert (out(base) / "metrics.jsonl").exists() == (not status)
-    assert ("interrupted after step 0" in capfd.readouterr().out) == bool(status)
+    assert ("interrupted after 0 of 2 steps" in capfd.readouterr().out) == bool(status)

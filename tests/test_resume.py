@@ -34,7 +34,7 @@ def faulty(reference, text):
         time.sleep(0.4)
     return exact(reference, text)
 
-chat_rl.questions_of_step = lambda run, step: now.append(step) or questions(run, step)
+chat_rl.questions_of_step = lambda run: now.append(run.step) or questions(run)
 chat_rl.GRADERS["exact"] = faulty
 """
 
@@ -76,7 +76,7 @@ def test_stopped_and_resumed_is_never_stopped(base, trouble, whole):
         wait_for(lambda: "hanging" in output(base), 120, "the rollout of step 3")
         process.send_signal(signal.SIGTERM)
         assert ended(process, base, 10) == 128 + signal.SIGTERM, output(base)
-    assert f"nothing to resume in {out(base)}: beginning anew" in output(base) and "interrupted after step 3" in output(base)
+    assert f"nothing to resume in {out(base)}: beginning anew" in output(base) and "interrupted after 3 of 12 steps" in output(base)
     assert gpt.checkpoint_steps(out(base)) == [3]
     for number, step in ((signal.SIGINT, 5), (signal.SIGHUP, 7)):
         with started(base, *flags, script=trouble, KIND="slow") as process:
@@ -145,16 +145,17 @@ def test_flags_may_change(finished, capfd):
     assert main(finished, *plain, "--lora-rank=3") == 2 and "--lora-rank" in capfd.readouterr().err
     assert main(finished, *plain, "--matrix-lr=0.5", "--max-steps=14") == 0
     said = capfd.readouterr().out
-    assert f"going on after step 11 of {out(finished)}, begun from " in said
-    assert "adder, with --model-tag=adder --resume --matrix-lr=0.5 --max-steps=14\n" in said
+    assert f"going on after 11 steps of {out(finished)}, begun from " in said
+    assert "adder, with --model-tag=adder --matrix-lr=0.5 --max-steps=14\n" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
     assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
-    assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/0" in capfd.readouterr().out   # evaluates it where it stands
+    assert "greedy" in metrics(finished)[-1] and "reward" not in metrics(finished)[-1]      # the step that it took there is another's now
+    assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/14" in capfd.readouterr().out   # evaluates it where it stands
     for step in (13, 14):               # the second time it is a repetition
         assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
-        assert f"going on after step {step} of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
+        assert f"going on after {step} steps of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
     assert main(finished, *plain, "--max-steps=15", "--eval-every=100") == 0
     assert [line["step"] for line in metrics(finished) if "greedy" in line][-2:] == [14, 15] == [line["step"] for line in metrics(finished)][-2:]  # neither is lost
 
