@@ -333,12 +333,12 @@ def rollout(
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
-
-    def progress(ended: int) -> None:
-        bar.update(ended)
-        ranks.poll()
-
     with ranks.interruptible(), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
+
+        def progress(ended: int) -> None:
+            bar.update(ended)
+            ranks.poll()
+
         for part in gpt.batched(mine, math.ceil(flags.rollout_batch_size / num_samples)):
             completions = gpt.generate(
                 learner.model,
@@ -421,7 +421,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     """The updates of a step, one for each minibatch, shared out over the ranks; each gradient is divided by the T / K
     of the step's T sampled tokens and K `updates_per_rollout`. Returns their metrics."""
     flags, ranks = run.flags, learner.ranks
-    num_tokens = num_sampled([c for group in groups for c in group.completions]) / flags.updates_per_rollout
+    per_update = num_sampled([c for group in groups for c in group.completions]) / flags.updates_per_rollout
     norms = []                              # of the gradient, in each minibatch that was learned from
     drifts = []                             # log π / π_sampled of each minibatch's tokens, those of all ranks
     for part in minibatches(run, groups):
@@ -431,7 +431,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
         # NaN goes on to the update, which makes none
         if not numpy.exp(abs(drifts[-1])).mean() > (flags.max_ratio or math.inf):
-            norms.append(learner.update(num_tokens, lr_fraction(run), flags.grad_clip))
+            norms.append(learner.update(per_update, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)
     low, high = bounds_of(flags)
@@ -498,7 +498,7 @@ def train(run: Run, learner: Learner) -> int:
     saved. Returns the exit status."""
     flags, ranks = run.flags, learner.ranks
     log = Log(run) if ranks.rank == 0 else None
-    saved, failures, status = run.step, 0, 0
+    failures, status = 0, 0
     ranks.listen()
     try:
         while True:
@@ -518,11 +518,10 @@ def train(run: Run, learner: Learner) -> int:
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
-                saved = run.step
             ranks.check()
     except gpt.Interrupted as interruption:
         status = 128 + interruption.args[0]
-        if saved < run.step:
+        if run.step % flags.save_every and run.step < run.num_steps:
             save(run, learner)
     if log:
         log.close(run, interrupted=status > 0)
@@ -844,7 +843,7 @@ same_math.timeouts = 0
 class Grader:
     """Where a completion says what counts, how that is read there and in the reference, and when the two are equal."""
 
-    in_text: Callable[[str], str]           # str: all of it, but not what the prompt holds of the reply
+    in_text: Callable[[str], str]
     read: Callable[[str], Any]              # None where it cannot be read
     equal: Callable[[Any, Any], bool] = operator.eq
 
@@ -875,12 +874,10 @@ GRADERS = {                                 # what gives (reference, text) a sco
 def make_sums() -> dict:
     """Sums of two numbers below 100. Those of the test are held out in both orders."""
     pairs = [divmod(i, 100) for i in permutation(10_000, 0)]
+    records = [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in pairs]
     held_out = {frozenset(pair) for pair in pairs[:400]}
-    splits = {"test": pairs[:400], "train": [pair for pair in pairs if frozenset(pair) not in held_out]}
-    return {
-        split: [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in pairs]
-        for split, pairs in splits.items()
-    }
+    train = [record for pair, record in zip(pairs, records) if frozenset(pair) not in held_out]
+    return {"train": train, "test": records[:400]}
 
 
 # Data that are made here: a name for --data, and the function that returns each split's records, the same every time.
@@ -981,7 +978,7 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
             messages = messages_of(question, before, flags.suffix)
             prompt = tokenizer.encode_raw(question) if flags.raw_prompt else tokenizer.render(messages)
         thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
-        opening = (thought + flags.prefill) * (getattr(grader, "in_text", None) is not str)
+        opening = "" if flags.grader == "exact" else thought + flags.prefill
         prompt += tokenizer.encode(flags.prefill)
         if len(prompt) > limit:
             long += 1
@@ -1218,8 +1215,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal: float, size: int) -> int:
-    """Supervised learning of the references, `size` questions a step, until the model would say one with
-    probability `goal`, which the loss knows, or for 1,000 steps. Returns the number of steps."""
+    """Supervised learning of the references, `size` questions a step, until their mean probability, which the loss
+    knows, reaches `goal`, or for 1,000 steps. Returns the number of steps."""
     policy = Policy(1.0, 0, learner.model.config.softcap)
     chance = 0.0                            # of the reference, as a running mean
     for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
@@ -1273,8 +1270,9 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
 
 
 def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step, unless this command line is the last
-    one again, which has had it; {} where there is none. Raises UserError where there are some, but not that."""
+    """What the newest optim_<step>.pt that can be read holds, or that of a step where one is given, unless the last
+    command line is given over again, as by torchrun after a crash; {} where there is none. Raises UserError where
+    there are some, but not that."""
     paths = sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
@@ -1392,7 +1390,7 @@ def save(run: Run, learner: Learner) -> None:
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
     state |= {"origin": run.origin, "step": run.step}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
-    kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]
+    kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]  # of 0: all
     for path in run.out.iterdir():
         found = re.fullmatch(r"(model_|meta_|optim_|)(\d{6,})(\.\w+)?", path.name)
         if found and int(found[2]) not in (kept[-2:] if found[1] == "optim_" else kept):

@@ -255,7 +255,7 @@ class Cache:
             shared = torch.arange(self.prefix.kv.size(4), device=ids.device, dtype=torch.int32)
             shared = shared.masked_fill(shared >= self.starts, 2**30)
             keys = torch.cat([shared, self.starts + keys], dim=1)
-        return keys[:, keys.size(1) - ids.size(1) :], keys
+        return keys[:, keys.size(1) - ids.size(1) :], keys  # -T, which can be 0, would not do
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """One softmax over the shared and the own part, which k and v join: q (B, H, T, D), k and v (B, G, T, D) ->
@@ -992,7 +992,8 @@ def generate(
     for t in range(max_new_tokens):
         question, sample = numpy.divmod(rows, num_samples)
         uniform = uniforms(*seed, streams[question], sample, t)
-        uniform[sample == num_samples - 1] *= not greedy  # 0 draws the likeliest
+        if greedy:
+            uniform[sample == num_samples - 1] = 0  # which draws the likeliest
         drawn = in_pieces(model, policy.draw, hidden, cache.to_device(uniform))
         tokens, going = transcript.write(t, rows, drawn.cpu().numpy())  # the one wait for the device
         progress(int((transcript.lengths == t + 1).sum()))
