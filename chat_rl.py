@@ -498,7 +498,7 @@ def train(run: Run, learner: Learner) -> int:
     saved. Returns the exit status."""
     flags, ranks = run.flags, learner.ranks
     log = Log(run) if ranks.rank == 0 else None
-    failures, status = 0, 0
+    saved, failures, status = run.step, 0, 0
     ranks.listen()
     try:
         while True:
@@ -518,10 +518,11 @@ def train(run: Run, learner: Learner) -> int:
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
+                saved = run.step
             ranks.check()
     except gpt.Interrupted as interruption:
         status = 128 + interruption.args[0]
-        if run.step % flags.save_every and run.step < run.num_steps:
+        if saved < run.step:
             save(run, learner)
     if log:
         log.close(run, interrupted=status > 0)
@@ -1053,7 +1054,7 @@ class Log:
         """Takes up the log at the run's step: what an interrupted run wrote after it is gone with the next line."""
         self.out, self.path = run.out, run.out / "metrics.jsonl"
         texts = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = {line["step"]: line for line in map(json.loads, texts) if line["step"] < run.step + ("reward" not in line)}
+        self.lines = {line["step"]: line for line in map(json.loads, texts) if line["step"] <= run.step}
         self.wandb = self.tensorboard = None
         if run.flags.run != "dummy":
             with self.best_effort():
@@ -1130,6 +1131,7 @@ class Log:
     def write_evaluation(self, run: Run, metrics: dict, groups: dict[str, list[Group]]) -> None:
         """The metrics, every sampled completion by the name of its data, and the picture; prints a right and a wrong
         completion of the first question of each that has both."""
+        self.lines.pop(run.step, None)      # of one that is made again
         self.write(run.step, metrics)
         say(f"step {run.step}/{run.num_steps}  {describe_evaluation(metrics)}")
         self.write_samples(f"samples_{run.step:06d}.jsonl", groups)
@@ -1178,7 +1180,8 @@ class Log:
     def close(self, run: Run, interrupted: bool) -> None:
         """Says what the run has changed, and where to look."""
         if interrupted:
-            say(f"interrupted after {run.step} of {run.num_steps} steps: go on with --resume")
+            hint = ": go on with --resume" if run.step else ""
+            say(f"interrupted after {run.step} of {run.num_steps} steps{hint}")
         rewards = self.history("reward")
         tests = [describe_evaluation(line) for line in self.lines.values() if evaluation_keys(line)]
         if rewards and tests:
@@ -1277,7 +1280,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if step in (None, state["step"]) or state["origin"]["argv"][-len(argv) :] == argv:
+            if state["origin"]["argv"][-1] == argv or step in (None, state["step"]):
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
@@ -1322,20 +1325,21 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
-    alone = "evaluations" if given.max_steps == 0 and not given.resume else ""
-    out = base / "chatrl_checkpoints" / alone / (given.name or name)
+    out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
+    if given.resume and given.max_steps == 0:
+        raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
         origin = state["origin"]
         say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
-        return out, origin | {"argv": origin["argv"] + argv}, state
+        return out, origin | {"argv": [*origin["argv"], argv]}, state
     if Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
     step = given.model_step
     if step is None:
         step = max(gpt.checkpoint_steps(Path(source)), default=None)
     wandb_id = os.urandom(4).hex()
-    return out, dict(argv=argv, source=source, source_step=step, lora_rank=given.lora_rank, wandb_id=wandb_id), {}
+    return out, dict(argv=[argv], source=source, source_step=step, lora_rank=given.lora_rank, wandb_id=wandb_id), {}
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
@@ -1343,19 +1347,21 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
     out, origin, state = find_run(argv, base)
-    given = parse_flags(origin["argv"], {})
+    argv = sum(origin["argv"], [])          # all that was given, the latest last
+    given = parse_flags(argv, {})
     if given.lora_rank != origin["lora_rank"]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-    whole = bool(state) and not given.lora_rank  # a run has all of its weights; adapters want those that they adapt
-    place, step = (str(out), state["step"]) if whole else (origin["source"], origin["source_step"])
+    place, step = origin["source"], origin["source_step"]
+    if state and not given.lora_rank:       # a run has all of its weights; adapters want those that they adapt
+        place, step = str(out), state["step"]
     starter = Path(origin["source"]).parts[-2:] == ("chatsft_checkpoints", "starter")
-    if starter and not whole and not gpt.checkpoint_steps(Path(place)):
+    if starter and not state and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(place))
     model, tokenizer = load_model(place, step, given)
     kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    flags = settle_flags(origin["argv"], kind)
+    flags = settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     if len(questions) < flags.examples_per_step and flags.max_steps != 0:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")

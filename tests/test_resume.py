@@ -3,6 +3,7 @@
     CHAT_RL_SOAK=1 python -m pytest tests/test_resume.py -k soak        # the long one: 20 kills
 """
 import io
+import json
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (SMALL, Touch, assert_readable, assert_same_run, cut_back, edited, ended, full_disk, gpt, last_step, main,
+from conftest import (SMALL, Touch, assert_readable, assert_same_run, chat_rl, cut_back, edited, ended, full_disk, gpt, last_step, main,
                       metrics, out, output, reach, run, started, wait_for, weights)
 
 STEPS = 12
@@ -152,7 +153,7 @@ def test_flags_may_change(finished, capfd):
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
     assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
     assert "greedy" in metrics(finished)[-1] and "reward" not in metrics(finished)[-1]      # the step that it took there is another's now
-    assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/14" in capfd.readouterr().out   # evaluates it where it stands
+    assert main(finished, *plain, "--max-steps=0") == 2 and "--max-steps=0 does not go on" in capfd.readouterr().err
     for step in (13, 14):               # the second time it is a repetition
         assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
         assert f"going on after {step} steps of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
@@ -168,6 +169,37 @@ def test_the_source_need_not_be_there(finished, whole):
         assert main(finished, *flags, "--resume") == 0
         assert_same_run(finished, whole)
     assert not (finished / "chatsft_checkpoints").exists() and not (finished / "chatrl_checkpoints" / "previous").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_starter_and_adapters_go_on(base, tmp_path, rank):
+    """By the run's name alone: the starter with its own rates, adapters on the model that they adapt; neither makes it anew."""
+    (base / "chatsft_checkpoints" / "adder").rename(base / "chatsft_checkpoints" / "starter")
+    flags = [*RUN, "--model-tag=starter", "--name=adder", "--max-steps=4", "--num-samples=4"]
+    assert main(base, *flags, *[f"--lora-rank={rank}"] * (rank > 0)) == 0
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    cut_back(other, 3)
+    assert main(other, "--name=adder", "--resume") == 0
+    assert_same_run(other, base, step=4)
+    about = json.loads((out(other) / "run.json").read_text())["flags"]
+    assert (about["embedding_lr"], about["lora_rank"]) == (1.0, rank)
+    cut_back(other, 3), shutil.rmtree(base / "chatsft_checkpoints"), shutil.rmtree(other / "chatsft_checkpoints")
+    assert main(other, "--name=adder", "--resume") == (2 if rank else 0)
+    assert not (base / "chatsft_checkpoints").exists() and not (other / "chatsft_checkpoints").exists()
+
+
+def test_a_way_back_that_is_not_gone_changes_nothing(finished, monkeypatch):
+    """A signal before the first step of a run that goes on from an earlier one."""
+    before = {path: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")}
+    monkeypatch.setitem(chat_rl.GRADERS, "exact", lambda reference, text: float(os.kill(os.getpid(), signal.SIGTERM) or 0))
+    assert main(finished, "--model-tag=adder", "--resume", "--model-step=11", "--save-every=5") == 128 + signal.SIGTERM
+    assert {path: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")} == before
+
+
+def test_an_evaluation_that_is_made_again_is_another(finished):
+    """Nothing of the earlier one stays in its line."""
+    assert main(finished, "--model-tag=adder", "--resume", "--eval-samples=2") == 0
+    assert "pass@2" in metrics(finished)[-1] and "pass@3" not in metrics(finished)[-1] and "pass@3" in metrics(finished)[0]
 
 
 def test_two_runs_of_one_folder(base, trouble):
