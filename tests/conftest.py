@@ -244,10 +244,6 @@ def base(adder_base, tmp_path) -> Path:
     return Path(shutil.copytree(adder_base, tmp_path / "base"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
 def environment(base: Path, **more: str) -> dict:
     return {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "ROOT": str(ROOT), **more}
 

@@ -244,10 +244,6 @@ def test_a_reward_sees_score_completion_and_flags(world, recorded, monkeypatch):
     assert line["reward"] == pytest.approx(statistics.mean(r for group in groups for r in group.rewards))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Dealing
-
-
 def groups_of(advantages: list[bool]) -> list[Group]:
     """Groups of different lengths, some without advantage."""
     return [group_of(example(i, [i]), [completion([5] * (i + 1)), completion([5, 5])], [0.5, -0.5] if advantage else [0.0, 0.0])

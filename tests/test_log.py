@@ -83,10 +83,6 @@ def uniform(seed: tuple, question: int, sample: int, position: int) -> float:
     return gpt.uniforms(*seed, question, sample, position).item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def token_id(token: int | str) -> int:
     return token if isinstance(token, int) else ord(token)
 
@@ -260,10 +256,6 @@ def test_evaluations(whole):
         wanted |= {"evaluation_timeouts": 0} | {f"{key}_error": statistics.stdev(map(float, x)) / EVALUATED ** 0.5 for key, x in solved.items()}
         assert {key: line[key] for key in wanted} == pytest.approx(wanted)
     assert set(line) - set(wanted) == {"step", "evaluation_seconds"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The weights
 
 
 def gradients(state: dict, groups: list[SimpleNamespace]) -> dict[str, Tensor]:

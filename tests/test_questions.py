@@ -55,10 +55,6 @@ def examples_of(load, tmp_path):
     return examples_of
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The rows of the table
-
-
 @pytest.mark.parametrize("name, suffix", [
     ("gsm8k", ""), ("gsm8k-boxed", BOX_NUMBER), ("math", BOX_MATH), ("think", ""), ("jsonl", "")])
 def test_each_task_asks_as_the_table_says(load, tokenizer, tmp_path, name, suffix):

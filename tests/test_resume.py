@@ -234,10 +234,6 @@ def test_damaged_and_hostile_states_are_passed_over(finished, tmp_path, capfd):
     assert {path: path.read_bytes() for path in out(finished).iterdir()} == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def test_steps_that_are_not_finite(base, trouble, pictures):
     """One is left out and said, and the run goes on; five in a row end it with status 1, with what was good saved."""
     flags = [*RUN, "--eval-every=100"]

@@ -28,10 +28,6 @@ TASKS["mine"] = dict(data="pairs", grader="last", prompt_key="q", answer_key="a"
 if __name__ == "__main__":"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run gives
-
-
 def test_any_batch_and_any_ranks_give_the_same_run(base, tmp_path):
     """Whatever runs at once, on 1 rank, on 2 with an odd number of questions, or on more than there are questions: the same
     completions in training and evaluation; and the same metrics and weights to rounding. Lambdas cross to the ranks."""
