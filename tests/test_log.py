@@ -118,8 +118,8 @@ def wandb() -> Iterator[MagicMock]:
 def logged(wandb: MagicMock) -> list[dict]:
     """What W&B was told of each step."""
     told = {}
-    for call in wandb.init.return_value.log.call_args_list:
-        told.setdefault(call.kwargs["step"], {"step": call.kwargs["step"]}).update(call.args[0])
+    for (new,), where in wandb.init.return_value.log.call_args_list:
+        told.setdefault(where["step"], dict(where)).update(new)
     return list(told.values())
 
 
