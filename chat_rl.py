@@ -1291,35 +1291,6 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     return {}
 
 
-def open_folder(run: Run, stack: ExitStack) -> None:
-    """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
-    this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
-    out = run.out
-    with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
-        except filelock.Timeout:
-            raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
-        if not run.step and out.exists() and any(out.iterdir()):
-            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            os.renames(out, place)
-            say(f"the earlier run of {out.name} is now in {place}")
-        out.mkdir(exist_ok=True)
-        about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
-        gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
-        for script in (__file__, gpt.__file__):
-            gpt.write_file(out / Path(script).name, Path(script).read_bytes())
-
-
-def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
-    """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
-    with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
-        template = flags.chat_template and Path(flags.chat_template).expanduser().read_text(encoding="utf-8")
-        variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
-    return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
-
-
 def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
     """The run's folder, its origin, and the state that it goes on from; {} where it begins. Raises UserError."""
     given = parse_flags(argv, {})
@@ -1340,6 +1311,35 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
         step = max(gpt.checkpoint_steps(Path(source)), default=None)
     wandb_id = os.urandom(4).hex()
     return out, dict(argv=[argv], source=source, source_step=step, lora_rank=given.lora_rank, wandb_id=wandb_id), {}
+
+
+def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
+    """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
+    with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
+        template = flags.chat_template and Path(flags.chat_template).expanduser().read_text(encoding="utf-8")
+        variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
+    return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
+
+
+def open_folder(run: Run, stack: ExitStack) -> None:
+    """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
+    this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
+    out = run.out
+    with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
+        except filelock.Timeout:
+            raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
+        if not run.step and out.exists() and any(out.iterdir()):
+            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            os.renames(out, place)
+            say(f"the earlier run of {out.name} is now in {place}")
+        out.mkdir(exist_ok=True)
+        about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
+        gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
+        for script in (__file__, gpt.__file__):
+            gpt.write_file(out / Path(script).name, Path(script).read_bytes())
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
