@@ -1391,7 +1391,7 @@ class Learner:
         self.ranks = ranks
         self.shards = {}
         config = ranks.from_main(model and model.config)
-        theirs = {name: p.detach() for name, p in model.named_parameters()} if model else {}
+        theirs = model.state_dict() if model else {}
         self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
         if not rates:
             self.model.requires_grad_(False)
