@@ -333,7 +333,7 @@ def rollout(
     flags, ranks, groups = run.flags, learner.ranks, []
     costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
     mine = deal(examples, costs, ranks)
-    with ranks.interruptible(), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
+    with suppress(gpt.Interrupted), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
 
         def progress(ended: int) -> None:
             bar.update(ended)
@@ -355,6 +355,7 @@ def rollout(
             for example, sampled in zip(part, completions):
                 ranks.poll()
                 groups.append(grade(run, example, sampled))
+    ranks.check()                           # all agree whether a signal has ended it
     return sorted(itertools.chain(*ranks.gather(groups)), key=lambda group: group.example.index)
 
 

@@ -19,7 +19,7 @@ import signal
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -135,13 +135,6 @@ class Ranks:
         """Raises Interrupted on all ranks where any of them was told to stop."""
         if number := max(self.all_gather(self.signal)):
             raise Interrupted(number)
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Around work of each rank's own that polls; at its end all ranks agree whether a signal has ended it."""
-        with suppress(Interrupted):
-            yield
-        self.check()
 
 
 def find_device(device_type: str) -> torch.device:
