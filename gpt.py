@@ -460,14 +460,13 @@ class Linear(nn.Linear):
         super().__init__(width, height, bias)
         self.rank = rank
         if rank:
-            self.scale = LORA_ALPHA / rank
             self.lora_a = nn.Parameter(torch.empty(rank, width))
             self.lora_b = nn.Parameter(torch.empty(height, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(x, self.weight, self.bias)
         if self.rank:
-            y = torch.add(y, product(product(x, self.lora_a), self.lora_b), alpha=self.scale)
+            y = torch.add(y, product(product(x, self.lora_a), self.lora_b), alpha=LORA_ALPHA / self.rank)
         return y
 
 
@@ -1214,7 +1213,7 @@ def merge(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
         module, _, kind = key.rpartition(".")
         if kind == "weight" and f"{module}.lora_a" in state:
             a, b = (state[f"{module}.lora_{end}"].cpu().float() for end in "ab")
-            x = x.cpu().float() + model.get_submodule(module).scale * b @ a
+            x = x.cpu().float() + LORA_ALPHA / len(a) * b @ a
         if "lora_" not in kind:             # a copy: a view would be written with all that it is a view of
             weights[key] = x.to("cpu", model.stored_types.get(key), copy=True)
     return weights
