@@ -783,15 +783,15 @@ class ChatTokenizer:
 
         self.variables = variables or {}
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
-        if template:
-            self.files["chat_template.jinja"] = template.encode()
         # not AutoTokenizer: for some classes it makes another tokenizer than the one in tokenizer.json
         mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
         with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
             self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
             ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]
-        self.chat.chat_template = template or self.chat.chat_template
+        if template:
+            self.files["chat_template.jinja"] = template.encode()
+            self.chat.chat_template = template
         self.vocab_size = 1 + max(self.chat.get_vocab().values())
         end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
