@@ -1413,7 +1413,7 @@ class Learner:
         shards = self.shards.values()
         for shard in shards:
             self.ranks.add_up(shard.p.grad.div_(num_tokens))
-        norm = torch.stack([shard.p.grad.norm() for shard in shards]).norm().item()
+        norm = nn.utils.get_total_norm(shard.p.grad for shard in shards).item()
         if math.isfinite(norm):
             self.updates += 1
             for shard in shards:
