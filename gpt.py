@@ -348,8 +348,8 @@ class Config:
     rope_scaling: tuple[PositiveFloat, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, first positions
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
-    lambdas: bool = False                   # scales of the residual stream and of the embedding, per layer
-    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last too
+    value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last too;
+                                            # with them go scales of the residual stream and of the embedding, per layer
     value_scale: float = 1.0                # of that gate
     smear: bool = False                     # smear (of each token into the next) and backout (of the middle layer)
     lora_rank: int = 0                      # of adapters on the matrices of the blocks (0: none, all weights learn)
@@ -361,9 +361,9 @@ NANOCHAT = dict(
 )
 GENERATIONS = {                             # of nanochat's model; a checkpoint's keys tell which one it is
     "classic": dict(rope_rounded=True),
-    "winter": dict(rope_rounded=True, lambdas=True, value_gate=32, value_scale=2.0),
-    "spring": dict(rope_base=1e5, qk_scale=1.15, lambdas=True, value_gate=12, value_scale=3.0),
-    "current": dict(rope_base=1e5, qk_scale=1.2, lambdas=True, value_gate=12, value_scale=3.0, smear=True),
+    "winter": dict(rope_rounded=True, value_gate=32, value_scale=2.0),
+    "spring": dict(rope_base=1e5, qk_scale=1.15, value_gate=12, value_scale=3.0),
+    "current": dict(rope_base=1e5, qk_scale=1.2, value_gate=12, value_scale=3.0, smear=True),
 }
 SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}  # part of the long one, and its rounding
 
@@ -600,7 +600,7 @@ class GPT(nn.Module):
         width = config.n_kv_head * config.head_dim
         gated = {str(i): table(width) for i, block in enumerate(blocks) if hasattr(block.attn, "ve_gate")}
         self.value_embeds = nn.ModuleDict(gated)
-        if config.lambdas:
+        if config.value_gate:
             self.resid_lambdas = nn.Parameter(torch.linspace(1.15, 1.05, L))
             self.x0_lambdas = nn.Parameter(torch.linspace(0.20, 0.05, L))
         if config.smear:
@@ -645,7 +645,7 @@ class GPT(nn.Module):
             x = x + self.smear_lambda * gate * previous
         x0 = x
         for i, block in enumerate(self.transformer.h):
-            if config.lambdas:
+            if config.value_gate:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None
             x = recomputed(block, self.recompute)(x, value, rope, masks[windows[i]], cache)

@@ -67,14 +67,14 @@ def kept(job: Job, tokens: int, keys: int) -> tuple[float, float, float]:
     --recompute; of the blocks without."""
     c, e, C = job.config, job.itemsize, job.config.n_embd
     q, k = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    ends = norm(job, C) * (1 + c.embed_norm) - e * C + e * C * (c.lambdas + c.smear)  # nothing keeps the last output
+    ends = norm(job, C) * (1 + c.embed_norm) - e * C + e * C * (bool(c.value_gate) + c.smear)  # nothing keeps the last output
     values = e * k * len([i for i in range(c.n_layer) if i % 2 == (c.n_layer - 1) % 2]) * (c.value_gate > 0)
-    inputs = c.n_layer * e * C * (1 + c.lambdas) + values
+    inputs = c.n_layer * e * C * (1 + bool(c.value_gate)) + values
     block = 2 * norm(job, C) + e * (2 * q + k + (4 if c.gated_mlp else 2) * c.mlp_width + 7 * c.lora_rank)
     if c.qk_norm:                           # beside what goes out: that of a norm "after" RoPE is counted
         block += norm(replace(job, config=replace(c, norm_weights=c.qk_norm == "before")), q + k) - e * (q + k)
     attended = keys * 2 * e * (q if q > k else k)
-    blocks = c.n_layer * (tokens * (block + e * C * c.lambdas) + attended) + tokens * values
+    blocks = c.n_layer * (tokens * (block + e * C * bool(c.value_gate)) + attended) + tokens * values
     return tokens * ends, tokens * inputs, blocks
 
 
