@@ -1243,7 +1243,7 @@ def make_starter(folder: Path) -> None:
     """Makes a tiny GPT, teaches it to be right six times in ten, and saves it as an SFT checkpoint."""
     tokenizer = byte_tokenizer()
     shape = dict(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
-    model = GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=4)
+    model = GPT(gpt.nanochat_config("current", **shape, vocab_rows=320)).init_weights(seed=4)
     model.raw_config = shape
     flags = Flags(**TASKS["arithmetic"])
     learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, flags)

@@ -368,11 +368,9 @@ GENERATIONS = {                             # of nanochat's model; a checkpoint'
 SHORT_WINDOWS = {"winter": (2, 1), "spring": (3, 128), "current": (4, 128)}  # part of the long one, and its rounding
 
 
-def nanochat_config(
-    generation: str, sequence_len: int, window_pattern: str = "L", vocab_rows: int | None = None, **shape: int
-) -> Config:
-    """The architecture behind a nanochat checkpoint's `model_config`, whose other fields are named as Config's are;
-    `sequence_len` is the long window. Tables are padded to a multiple of 64 rows unless `vocab_rows` says otherwise."""
+def nanochat_config(generation: str, sequence_len: int, window_pattern: str = "L", **shape: int) -> Config:
+    """The architecture behind a nanochat checkpoint's `model_config`, whose other fields are named as Config's are, and
+    `vocab_rows`, which nanochat makes a multiple of 64. `sequence_len` is the long window."""
     windows = ()
     n_layer = shape["n_layer"]
     n_embd = shape["n_embd"]
@@ -382,7 +380,6 @@ def nanochat_config(
         windows = tuple(reach[kind] for kind in (window_pattern * n_layer)[: n_layer - 1] + "L")
     return Config(
         **shape,
-        vocab_rows=vocab_rows or math.ceil(shape["vocab_size"] / 64) * 64,
         head_dim=n_embd // shape["n_head"],
         mlp_width=4 * n_embd,
         max_positions=sequence_len,

@@ -49,7 +49,7 @@ def make_model(config: gpt.Config, device: torch.device, dtype: torch.dtype) -> 
 def nanochat_shape(depth: int, width: int) -> gpt.Config:
     heads = width // 64
     return gpt.nanochat_config("current", sequence_len=512, vocab_size=VOCAB, n_layer=depth, n_head=heads, n_kv_head=heads,
-                               n_embd=width)
+                               n_embd=width, vocab_rows=VOCAB)
 
 
 def endless_tokenizer() -> gpt.Tokenizer:

@@ -51,7 +51,7 @@ SHAPE = {"sequence_len": 48, "vocab_size": 265, "n_layer": 3, "n_head": 4, "n_kv
 
 def tiny_config(generation: str = "current") -> gpt.Config:
     """SHAPE with a window shorter than the test's sequences, where there are windows, and room for longer ones."""
-    config = gpt.nanochat_config(generation, **SHAPE)
+    config = gpt.nanochat_config(generation, **SHAPE, vocab_rows=320)
     return replace(config, windows=(16, 48, 48) if config.windows else (), max_positions=480)
 
 
@@ -79,7 +79,7 @@ def random_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> 
 def scripted_model(successors: dict[int, list[int]], default: int) -> gpt.GPT:
     """A GPT whose every token is followed by one of its successors, all as likely, or else by `default`."""
     shape = dict(sequence_len=320, vocab_size=265, n_layer=1, n_head=4, n_kv_head=4, n_embd=320)
-    model = gpt.GPT(gpt.nanochat_config("classic", **shape)).init_weights(0)                 # c_proj is zero: embeddings pass straight through
+    model = gpt.GPT(gpt.nanochat_config("classic", **shape, vocab_rows=320)).init_weights(0)  # c_proj is zero: embeddings pass straight through
     with torch.no_grad():
         model.transformer.wte.weight.copy_(torch.eye(320))
         model.lm_head.weight.fill_(-10.0)
@@ -229,7 +229,7 @@ def adder_base(tmp_path_factory) -> Path:
 def teach_adder(folder: Path) -> None:
     tokenizer, flags = chat_rl.byte_tokenizer(), chat_rl.Flags(**chat_rl.TASKS["arithmetic"])
     shape = dict(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
-    model = gpt.GPT(gpt.nanochat_config("current", **shape)).init_weights(seed=0)
+    model = gpt.GPT(gpt.nanochat_config("current", **shape, vocab_rows=320)).init_weights(seed=0)
     model.raw_config = shape
     learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
     chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=128)

@@ -173,7 +173,7 @@ def peak(job: Job) -> float:
 
 
 def nanochat(depth: int) -> Config:
-    shape = dict(vocab_size=65_536, n_layer=depth, n_head=depth // 2, n_kv_head=depth // 2, n_embd=64 * depth)
+    shape = dict(vocab_size=65_536, vocab_rows=65_536, n_layer=depth, n_head=depth // 2, n_kv_head=depth // 2, n_embd=64 * depth)
     return gpt.nanochat_config("current", 2048, "SSSL", **shape)
 
 

@@ -17,7 +17,7 @@ import gpt
 LLAMA = gpt.Config(1200, 1200, 3, 4, 2, 128, 32, 320, 512)
 WIDE = dict(config=replace(LLAMA, vocab_size=30000, vocab_rows=30000))
 QWEN2 = gpt.Config(1200, 1216, 3, 4, 4, 128, 32, 320, 512, tied=True, qkv_bias=True)
-NANOCHAT = gpt.nanochat_config("current", 512, vocab_size=1200, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
+NANOCHAT = gpt.nanochat_config("current", 512, vocab_size=1200, vocab_rows=1216, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
 CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "nanochat": NANOCHAT, "adapters": replace(LLAMA, lora_rank=8)}
 SMALL = dict(prompt=12, new=14, batch=4, examples=8, samples=4, eval_samples=2, tests=16, rows=16, fused=False)
 

@@ -159,7 +159,7 @@ def test_stopped_rows_stop_costing(tokenizer):
 
 def test_generate_refuses_positions_beyond_the_last(tokenizer):
     """sequence_len positions are there; one more is an error rather than nonsense."""
-    model, prompt = gpt.GPT(gpt.nanochat_config("current", **SHAPE)).init_weights(0), random_prompts((38,))[0]
+    model, prompt = gpt.GPT(gpt.nanochat_config("current", **SHAPE, vocab_rows=320)).init_weights(0), random_prompts((38,))[0]
     assert len(generate(model, tokenizer, [prompt], 1, 10, top_k=1)[0][0].tokens) <= 10
     with pytest.raises(ValueError, match="48"):
         generate(model, tokenizer, [prompt], 1, 11)
