@@ -488,11 +488,6 @@ def rope_of(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
     return turns.to(torch.bfloat16 if config.rope_rounded else dtype).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns x (B, H, T, D), as pairs of its first and second half."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -526,7 +521,9 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if c.qk_norm == "before":
             q, k = self.q_norm(q), self.k_norm(k)
-        qk = rotate(torch.cat([q, k], dim=1), *rope)
+        cos, sin = rope
+        qk = torch.cat([q, k], dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin)  # turned as pairs of the first and second half
         if c.qk_norm == "after":
             qk = F.rms_norm(qk, qk.shape[-1:], eps=c.norm_eps)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
