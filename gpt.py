@@ -620,9 +620,8 @@ class GPT(nn.Module):
                 p.normal_(std=std, generator=generator)
         return self
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache) -> Tensor:
         """Runs new tokens after those in the cache, and adds them to it. ids (B, T) -> hidden states (B, T, C)."""
-        cache = cache or Cache()
         config = self.config
         queries, keys = cache.extend(ids)
         x = self.transformer.wte(ids)

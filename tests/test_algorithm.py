@@ -29,7 +29,7 @@ REWARDS = [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.5, 0.5], [1.0] * 5, [0.0
 def plain_logprobs(model: gpt.GPT, group: Group, c: gpt.Completion, flags: Flags) -> Iterator[torch.Tensor]:
     """The policy's logprob of each token of a row."""
     ids = torch.tensor([group.example.prompt + c.tokens.tolist()])
-    raw = model.lm_head(model(ids))[0, len(group.example.prompt) - 1:-1, :model.config.vocab_size]
+    raw = model.lm_head(model(ids, gpt.Cache()))[0, len(group.example.prompt) - 1:-1, :model.config.vocab_size]
     for row, token in zip(15 * torch.tanh(raw / 15) / flags.temperature, c.tokens.tolist()):
         kept = row.argsort(descending=True)[:flags.top_k or None].tolist()
         if token not in kept:                      # pushed out by rounding or an update: counts as the last inside

@@ -90,7 +90,7 @@ def logits(model: Any, ids: list[int] = IDS) -> torch.Tensor:
 
 def mine(model: gpt.GPT, ids: list[int] = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return model.float().unembed(model(torch.tensor([ids]))[0])
+        return model.float().unembed(model(torch.tensor([ids]), gpt.Cache())[0])
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 1e-4) -> None:

@@ -33,7 +33,7 @@ def test_logits_are_nanochats(nanochat, chunk):
             parts = [model(rest[:, i:i + chunk], cache) for i in range(0, len(full) - n, chunk)]
             mine, first = logits_of(model, torch.cat([prefix.hidden[:, None], *parts], dim=1))[0], n - 1
         else:
-            mine, first = logits_of(model, model(torch.tensor([full])))[0], 0
+            mine, first = logits_of(model, model(torch.tensor([full]), gpt.Cache()))[0], 0
         torch.testing.assert_close(mine[-len(logits):], logits, rtol=0, atol=1e-4)
         taken = mine[:-1].log_softmax(dim=-1).gather(1, torch.tensor(full[first + 1:])[:, None])[:, 0]
         torch.testing.assert_close(taken, logprobs[first:], rtol=0, atol=1e-4)
@@ -63,7 +63,7 @@ def test_cache_with_groups_and_dropped_rows(generation):
             hidden = model(ids, cache)
             rows = [row + new for row, new in zip(rows, ids.tolist())]
             for row, mine in zip(rows, hidden):
-                torch.testing.assert_close(mine, model(torch.tensor([row]))[0, -size:], rtol=0, atol=2e-5)
+                torch.testing.assert_close(mine, model(torch.tensor([row]), gpt.Cache())[0, -size:], rtol=0, atol=2e-5)
             kept = numpy.delete(numpy.arange(len(rows)), drop)
             cache.select(kept)
             rows = [rows[i] for i in kept]
@@ -107,7 +107,7 @@ def test_logits_of_each_generation(tmp_path, generation):
     ids = torch.randint(265, (160,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
     assert wanted.shape == (160, 265) and 5 < wanted.abs().max() < 15
-    torch.testing.assert_close(logits_of(model, model(torch.tensor([ids])))[0].double(), wanted, rtol=0, atol=5e-5)
+    torch.testing.assert_close(logits_of(model, model(torch.tensor([ids]), gpt.Cache()))[0].double(), wanted, rtol=0, atol=5e-5)
     hidden = model.bfloat16()(torch.tensor([ids]))[0]
     assert hidden.dtype == torch.bfloat16 and logits_of(model, hidden).dtype == torch.float32
     assert (logits_of(model, hidden) - wanted).norm() < 0.02 * wanted.norm()

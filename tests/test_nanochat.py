@@ -177,7 +177,7 @@ def test_older_layouts(tmp_path):
     write_checkpoint(tmp_path / "d", {"_orig_mod." + key: x[:265] if len(x) == 320 else x for key, x in state.items()}, SHAPE)
     model, _ = gpt.load_checkpoint(tmp_path / "d")
     assert set(model.stored_types) == set(model.state_dict()) == set(state)
-    assert model.lm_head.weight.shape == (265, 64) and logits_of(model, model(torch.tensor([[264]]))).shape == (1, 1, 265)
+    assert model.lm_head.weight.shape == (265, 64) and logits_of(model, model(torch.tensor([[264]]), gpt.Cache())).shape == (1, 1, 265)
 
 
 def test_tokenizer_beside_or_two_folders_up(tmp_path):

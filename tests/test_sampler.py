@@ -17,7 +17,7 @@ def plain_completion(model, tokenizer, prompt, key, sample, max_new_tokens, temp
     tokens, mask, logprobs, forced = [], [], [], []
     numbers = gpt.uniforms(seed, key, sample, numpy.arange(max_new_tokens)).tolist()
     for t in range(max_new_tokens):
-        raw = model.lm_head(model(torch.tensor([prompt + tokens]))[0, -1:])[0, :model.config.vocab_size].double()
+        raw = model.lm_head(model(torch.tensor([prompt + tokens]), gpt.Cache())[0, -1:])[0, :model.config.vocab_size].double()
         scores, ids = (15 * torch.tanh(raw / 15)).tolist(), list(range(len(raw)))
         if top_k:
             ids = sorted(ids, key=lambda i: -scores[i])[:top_k]
