@@ -578,7 +578,7 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False              # whether the backward makes again what the blocks computed, to save memory
         self.stored_types = {}              # name -> type on disk, to be saved in again
-        self.raw_config = {}                # the checkpoint's own words for the config
+        self.raw_config = {}                # a nanochat checkpoint's own words for the config
         C = config.n_embd
         L = config.n_layer
         rows = config.vocab_rows
@@ -1116,11 +1116,10 @@ def detect_generation(state: dict[str, Tensor]) -> str:
 COPY_AGAIN = "copy it here again"
 
 
-def build(config: Config, state: dict[str, Tensor], raw_config: dict) -> GPT:
+def build(config: Config, state: dict[str, Tensor]) -> GPT:
     """The model that a state dict belongs to, in its types, and adapters that do nothing yet. Raises RuntimeError,
     naming the key, on one that is none of the config's."""
     model = empty_model(config)
-    model.raw_config = raw_config
     model.stored_types = {key: x.dtype for key, x in state.items()}
     generator = torch.Generator().manual_seed(42)
     for key, x in model.state_dict().items():
@@ -1149,7 +1148,9 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
             f"{place} has {tokenizer.vocab_size} tokens, {path} {rows} rows for {raw['vocab_size']}: {mend}"
         )
     config = nanochat_config(detect_generation(state), **raw, vocab_rows=rows, lora_rank=lora_rank)
-    return build(config, state, raw), tokenizer
+    model = build(config, state)
+    model.raw_config = raw
+    return model, tokenizer
 
 
 def load_huggingface(
@@ -1178,7 +1179,7 @@ def load_huggingface(
             f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says tie_word_embeddings: set "
             "that to false if the file's lm_head is meant"
         )
-    return build(replace(config, lora_rank=lora_rank), state, raw), tokenizer
+    return build(replace(config, lora_rank=lora_rank), state), tokenizer
 
 
 def load_checkpoint(

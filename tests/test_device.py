@@ -291,7 +291,7 @@ def test_bfloat16_weights_with_float32_masters(tokenizer):
 def test_adapters_are_merged_on_the_host():
     """What is saved of a base on the device and of masters on the host."""
     config = replace(gpt.nanochat_config("current", **SHAPE, vocab_rows=320), lora_rank=2)
-    model = gpt.build(config, {name: x.data for name, x in tiny_model().named_parameters()}, {})
+    model = gpt.build(config, {name: x.data for name, x in tiny_model().named_parameters()})
     with FakeGPU():
         learner = learner_of(model)
         for x in state_of(learner, "masters"):

@@ -228,7 +228,6 @@ def test_a_saved_folder_is_the_model(kind, dtype, tmp_path):
     kept = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir() if path.suffix != ".safetensors"}
     state = {key: x.clone().float() for key, x in loaded.state_dict().items()}
     assert all(torch.equal(x, many.state_dict()[key]) and x.dtype == dtype for key, x in loaded.state_dict().items())
-    assert loaded.raw_config == json.loads((tmp_path / "one" / "config.json").read_text())
     shutil.rmtree(tmp_path / "one")
     gpt.save_checkpoint(tmp_path / "run", 5, loaded, state, tokenizer)
     saved = tmp_path / "run" / "000005"
