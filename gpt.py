@@ -955,23 +955,23 @@ def generate(
     num_samples: int,
     max_new_tokens: int,
     policy: Policy,
-    seed: tuple[int, ...] = (0,),
-    streams: list[int] | None = None,
+    seed: tuple[int, ...],
+    streams: list[int],
     progress: Callable[[int], Any] = bool,
     greedy: bool = False,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of each prompt (a list of token ids): one list per prompt, in order. If
     `greedy`, the last of each takes the likeliest token every time.
 
-    Each random number is a function of (seed, stream, sample, position): `streams` names the prompts' (default: their
-    places). A completion ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included.
-    `progress` is told after each position how many have ended. Raises ValueError past the model's last position.
+    Each random number is a function of (seed, stream, sample, position): `streams` names the prompts'. A completion
+    ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included. `progress` is told
+    after each position how many have ended. Raises ValueError past the model's last position.
     """
     if max(map(len, prompts)) + max_new_tokens > model.config.max_positions:
         raise ValueError(f"a prompt and its completion take more than {model.config.max_positions} positions")
     cache = Cache(prefix_of(model, prompts), num_samples)
     hidden = cache.prefix.hidden.repeat_interleave(num_samples, dim=0)
-    streams = numpy.array(streams or range(len(prompts)))
+    streams = numpy.array(streams)
     rows = numpy.arange(len(hidden))        # those in the cache
     transcript = Transcript(tokenizer, len(rows), max_new_tokens)
     for t in range(max_new_tokens):

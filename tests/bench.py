@@ -97,7 +97,7 @@ def measure(depth: int, width: int, device: torch.device, dtype: torch.dtype) ->
           f"GFLOP/s, a large copy at {copy / 1e9:,.1f} GB/s")
 
     def rollout(samples: int = N, new: int = NEW) -> list[list[gpt.Completion]]:
-        return gpt.generate(model, tokenizer, prompts, samples, new, policy)
+        return gpt.generate(model, tokenizer, prompts, samples, new, policy, (0,), range(len(prompts)))
 
     tokens, element = P * N * NEW, torch.finfo(dtype).bits // 8
     kv = 2 * depth * width * element                                # bytes of a position
@@ -141,7 +141,7 @@ def against_transformers(depth: int, width: int, device: torch.device, dtype: to
     ids = prompts.repeat_interleave(N, dim=0).to(device)
     settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)
     other = seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings), 1)
-    own = seconds(lambda: gpt.generate(mine, endless_tokenizer(), prompts.tolist(), N, NEW, policy), 1)
+    own = seconds(lambda: gpt.generate(mine, endless_tokenizer(), prompts.tolist(), N, NEW, policy, (0,), range(P)), 1)
     tokens = P * N * NEW
     print(f"{depth} layers, {width} wide: {tokens / own:,.0f} tok/s, transformers.generate {tokens / other:,.0f} (x{other / own:.1f})")
 

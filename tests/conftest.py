@@ -112,6 +112,7 @@ def logits_of(model: gpt.GPT, hidden: torch.Tensor) -> torch.Tensor:
 def generate(model: gpt.GPT, tokenizer: gpt.Tokenizer, prompts: list[list[int]], num_samples: int, max_new_tokens: int,
              temperature: float = 1.0, top_k: int = 50, **more) -> list[list[gpt.Completion]]:
     policy = policy_of(model, temperature, top_k)
+    more = {"seed": (0,), "streams": list(range(len(prompts)))} | more
     return gpt.generate(model, tokenizer, prompts, num_samples, max_new_tokens, policy, **more)
 
 

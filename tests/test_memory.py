@@ -51,7 +51,7 @@ def updated(job: Job, model: gpt.GPT) -> int:
 def sampled(job: Job, model: gpt.GPT, questions: int, samples: int, top_k: int) -> int:
     prompts = [[1] * job.prompt] * min(math.ceil(questions / job.ranks), math.ceil(job.rows / samples))
     policy, endless = gpt.Policy(1.0, top_k, job.config.softcap), SimpleNamespace(stops=(), call_end=-1)
-    return peak_of(lambda: gpt.generate(model, endless, prompts, samples, job.new, policy))
+    return peak_of(lambda: gpt.generate(model, endless, prompts, samples, job.new, policy, (0,), range(len(prompts))))
 
 
 def measure(ranks: gpt.Ranks, job: Job, file: Path) -> None:
