@@ -1317,9 +1317,10 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
 def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
     """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
     with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
-        template = flags.chat_template and Path(flags.chat_template).expanduser().read_text(encoding="utf-8")
         variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
-    return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, template, variables)
+        if flags.chat_template:             # an empty file is none
+            variables["chat_template"] = Path(flags.chat_template).expanduser().read_text(encoding="utf-8") or None
+    return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, variables)
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:

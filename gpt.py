@@ -770,21 +770,21 @@ class ChatTokenizer:
 
     call_end = -1                           # no calculator
 
-    def __init__(self, folder: Path, template: str = "", variables: dict | None = None):
-        """A `template` replaces the folder's; `variables` are for either. Raises UserError on files that fail."""
+    def __init__(self, folder: Path, variables: dict | None = None):
+        """`variables` are what the chat template is given; one named chat_template replaces the folder's, as in
+        transformers' apply_chat_template. Raises UserError on files that fail."""
         from transformers import PreTrainedTokenizerFast  # takes seconds
 
         self.variables = variables or {}
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+        if template := self.variables.get("chat_template"):
+            self.files["chat_template.jinja"] = template.encode()
         # not AutoTokenizer: for some classes it makes another tokenizer than the one in tokenizer.json
         mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
         with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
             self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
             ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]
-        if template:
-            self.files["chat_template.jinja"] = template.encode()
-            self.chat.chat_template = template
         self.vocab_size = 1 + max(self.chat.get_vocab().values())
         end = next((end for end in ends if end is not None), [])
         self.stops = tuple(sorted({*numpy.ravel(end).tolist(), *self.turn_end()}))
@@ -1153,11 +1153,9 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def load_huggingface(
-    folder: Path, lora_rank: int, template: str, variables: dict | None
-) -> tuple[GPT, ChatTokenizer]:
+def load_huggingface(folder: Path, lora_rank: int, variables: dict | None) -> tuple[GPT, ChatTokenizer]:
     """What a folder of Hugging Face's holds."""
-    tokenizer = ChatTokenizer(folder, template, variables)
+    tokenizer = ChatTokenizer(folder, variables)
     raw = json.loads(tokenizer.files["config.json"])
     config = huggingface_config(raw, tokenizer.vocab_size)
     names = {huggingface_name(name): name for name in [*empty_model(config).state_dict(), "lm_head.weight"]}
@@ -1183,18 +1181,17 @@ def load_huggingface(
 
 
 def load_checkpoint(
-    directory: Path, step: int | None = None, lora_rank: int = 0, template: str = "", variables: dict | None = None
+    directory: Path, step: int | None = None, lora_rank: int = 0, variables: dict | None = None
 ) -> tuple[GPT, Any]:
     """Loads a model, on the CPU and in the types that it has on disk, and its tokenizer: from a nanochat folder (a step
-    of it, or the last complete one), from one in Hugging Face's format, or from a run's that holds such folders. A
-    `template` replaces the chat template, which is given the `variables`. Raises UserError, naming the file, on
-    whatever is missing, broken or foreign."""
+    of it, or the last complete one), from one in Hugging Face's format, or from a run's that holds such folders. The
+    `variables` are ChatTokenizer's. Raises UserError, naming the file, on whatever is missing, broken or foreign."""
     path = find_checkpoint(directory, step)
     mend = (f"{COPY_AGAIN}, weights as *.safetensors with their index, or take a model of an architecture known here "
             "(nanochat's as model_<N>.pt)")
     with blaming(f"{path} cannot be loaded", mend):
         if path.is_dir():
-            return load_huggingface(path, lora_rank, template, variables)
+            return load_huggingface(path, lora_rank, variables)
         return load_nanochat(path, lora_rank)
 
 

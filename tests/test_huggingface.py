@@ -466,7 +466,7 @@ def test_where_the_template_comes_from(tmp_path):
     lists = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     for i, (own, beside, flag, text) in enumerate(((None, None, "f", "f"), ("o", None, None, "o"), (lists, None, None, "d"),
                                                    ("o", "b", None, "b"), ("o", "b", "f", "f"), (lists, None, "f", "f"))):
-        tokenizer = gpt.ChatTokenizer(add_tokenizer(tmp_path / f"{i}", beside, chat_template=own), flag or "")
+        tokenizer = gpt.ChatTokenizer(add_tokenizer(tmp_path / f"{i}", beside, chat_template=own), flag and {"chat_template": flag})
         assert tokenizer.render_text(CHATS[1]) == text
         copy = tmp_path / f"copy {i}"
         copy.mkdir()
