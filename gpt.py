@@ -695,8 +695,7 @@ def calculate(expression: str) -> str | None:
         return None
     if isinstance(value, int):
         return str(value)
-    text = format(Decimal(f"{value:.10g}"), "f")
-    return "0" if text == "-0" else text
+    return format(Decimal(f"{value:z.10g}"), "f")  # z: −0 is 0
 
 
 class Tokenizer:
