@@ -356,9 +356,6 @@ class Config:
 
 
 SMEAR_WIDTH = 24
-NANOCHAT = dict(
-    norm_weights=False, norm_eps=None, embed_norm=True, gated_mlp=False, qk_norm="after", rope_sign=-1, softcap=15.0
-)
 GENERATIONS = {                             # of nanochat's model; a checkpoint's keys tell which one it is
     "classic": dict(rope_rounded=True),
     "winter": dict(rope_rounded=True, value_gate=32, value_scale=2.0),
@@ -384,7 +381,13 @@ def nanochat_config(generation: str, sequence_len: int, window_pattern: str = "L
         mlp_width=4 * n_embd,
         max_positions=sequence_len,
         windows=windows,
-        **NANOCHAT,
+        norm_weights=False,
+        norm_eps=None,
+        embed_norm=True,
+        gated_mlp=False,
+        qk_norm="after",
+        rope_sign=-1,
+        softcap=15.0,
         **GENERATIONS[generation],
     )
 
