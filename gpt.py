@@ -1422,14 +1422,14 @@ class Learner:
     def save_state(self) -> dict:
         """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
         averages, in host memory. The gradients are lost."""
-        saved = {"updates": self.updates, "masters": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        saved = {"updates": self.updates}
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
                 if x is not None:
                     shard.p.grad.copy_(x)
                 self.ranks.broadcast(shard.p.grad, shard.owner)
                 if self.ranks.rank == 0:
-                    saved[kind][name] = shard.p.grad.to("cpu", copy=True)
+                    saved.setdefault(kind, {})[name] = shard.p.grad.to("cpu", copy=True)
             shard.p.grad.zero_()
         return saved
 
