@@ -289,15 +289,15 @@ def questions_of_step(run: Run) -> list[Example]:
     return [run.questions[i] for i in order[number * size :][:size]]
 
 
-def deal(items: list, costs: list[int], ranks: Ranks) -> list:
+def deal(items: list, cost: Callable, ranks: Ranks) -> list:
     """This rank's share of the items: the costliest first, each to the rank with the least to do."""
     loads = [0] * ranks.size
     mine = []
-    for i in sorted(range(len(items)), key=lambda i: -costs[i]):
+    for item in sorted(items, key=cost, reverse=True):
         rank = loads.index(min(loads))
-        loads[rank] += costs[i]
+        loads[rank] += cost(item)
         if rank == ranks.rank:
-            mine.append(items[i])
+            mine.append(item)
     return mine
 
 
@@ -331,8 +331,7 @@ def rollout(
     If `greedy`, the last sample of each takes the likeliest token every time. Returns on rank 0 alone the groups of
     all, in the order of the data. Raises Interrupted on all ranks where a signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
-    costs = [len(example.prompt) + num_samples * flags.max_new_tokens for example in examples]
-    mine = deal(examples, costs, ranks)
+    mine = deal(examples, lambda example: len(example.prompt) + num_samples * flags.max_new_tokens, ranks)
     with suppress(gpt.Interrupted), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
 
         def progress(ended: int) -> None:
@@ -427,8 +426,8 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     drifts = []                             # log π / π_sampled of each minibatch's tokens, those of all ranks
     for part in minibatches(run, groups):
         learner.model.zero_grad(set_to_none=False)
-        costs = [sum(len(c.tokens) for c, _ in group.learnable()) for group in part]
-        log_ratios = backward(learner.model, deal(part, costs, ranks), policy, flags)
+        mine = deal(part, lambda group: sum(len(c.tokens) for c, _ in group.learnable()), ranks)
+        log_ratios = backward(learner.model, mine, policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
         # NaN goes on to the update, which makes none
         if not numpy.exp(abs(drifts[-1])).mean() > (flags.max_ratio or math.inf):

@@ -300,11 +300,11 @@ def test_max_ratio_leaves_updates_out(world, recorded, monkeypatch):
 def test_shares_are_balanced():
     """The costliest first, each to the rank with the least to do: all are dealt, and no rank has more than a third above the mean."""
     costs = [5] * 9 + [40, 30, 30]
-    shares = [chat_rl.deal(list(range(12)), costs, SimpleNamespace(rank=r, size=3)) for r in range(3)]
+    shares = [chat_rl.deal(list(range(12)), costs.__getitem__, SimpleNamespace(rank=r, size=3)) for r in range(3)]
     assert sorted(sum(shares, [])) == list(range(12))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) <= 1.1 * sum(costs) / 3
-    assert chat_rl.deal([1, 2], [5, 5], SimpleNamespace(rank=2, size=3)) == []
+    assert chat_rl.deal([1, 2], lambda item: 5, SimpleNamespace(rank=2, size=3)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
