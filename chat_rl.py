@@ -332,7 +332,7 @@ def rollout(
     all, in the order of the data. Raises Interrupted on all ranks where a signal cuts one short."""
     flags, ranks, groups = run.flags, learner.ranks, []
     mine = deal(examples, lambda example: len(example.prompt) + num_samples * flags.max_new_tokens, ranks)
-    with suppress(gpt.Interrupted), progress_bar(len(mine) * num_samples, title, ranks.rank) as bar:
+    with suppress(gpt.Interrupted), progress_bar(len(mine) * num_samples, title, "completion", ranks.rank) as bar:
 
         def progress(ended: int) -> None:
             bar.update(ended)
@@ -1025,10 +1025,10 @@ def say(text: str) -> None:
             os.write(sys.stdout.fileno(), f"{text}\n".encode())
 
 
-def progress_bar(total: int, title: str, rank: int) -> tqdm:
-    """A bar of completions on rank 0's terminal, for work that takes more than a second or two."""
+def progress_bar(total: int, title: str, unit: str, rank: int = 0) -> tqdm:
+    """A bar on rank 0's terminal, for work that takes more than a second or two."""
     silent = None if rank == 0 and sys.stderr else True  # None: where there is no terminal
-    return tqdm(total=total, desc=title, unit="completion", leave=False, delay=1.5, disable=silent)
+    return tqdm(range(total), desc=title, unit=unit, leave=False, delay=1.5, disable=silent)
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
@@ -1222,7 +1222,7 @@ def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal:
     knows, reaches `goal`, or for 1,000 steps. Returns the number of steps."""
     policy = Policy(1.0, 0, learner.model.config.softcap)
     chance = 0.0                            # of the reference, as a running mean
-    for step in tqdm(range(1000), desc="starter", unit="step", leave=False, disable=None):
+    for step in progress_bar(1000, "starter", "step"):
         batch = [examples[i] for i in permutation(len(examples), step)[:size]]
         answers = [[*tokenizer.encode(example.references[0]), tokenizer.stops[0]] for example in batch]
         lessons = [Completion(numpy.array(x), numpy.ones(len(x), bool), numpy.zeros(len(x))) for x in answers]
