@@ -1327,16 +1327,14 @@ def open_folder(run: Run, stack: ExitStack) -> None:
     this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
     out = run.out
     with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
-        out.parent.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
         except filelock.Timeout:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
-        if not run.step and out.exists() and any(out.iterdir()):
+        if not run.step and any(out.glob("*")):
             place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             os.renames(out, place)
             say(f"the earlier run of {out.name} is now in {place}")
-        out.mkdir(exist_ok=True)
         about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
         for script in (__file__, gpt.__file__):
