@@ -1362,11 +1362,11 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
     flags = settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
-    if len(questions) < flags.examples_per_step and flags.max_steps != 0:
+    per_epoch = len(questions) // flags.examples_per_step
+    if questions and not per_epoch:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
-    done, num_steps = state.get("step", 0), flags.max_steps
-    if num_steps is None:
-        num_steps = flags.num_epochs * (len(questions) // flags.examples_per_step)
+    num_steps = flags.num_epochs * per_epoch if flags.max_steps is None else flags.max_steps
+    done = state.get("step", 0)
     run = Run(flags, questions, tests, tokenizer, out, max(done, num_steps), origin, done)
     open_folder(run, stack)
     return run, model, state
