@@ -1168,8 +1168,8 @@ class Log:
         figure = Figure(figsize=(16, 7), layout="constrained")
         first, *others = figure.subplots(2, (len(PANELS) + 2) // 2).flat
         tests = table[evaluation_keys(table)].dropna(how="all")
-        errors = table.filter(like="_error").rename(columns=lambda key: key.removesuffix("_error"))
-        tests.plot(ax=first, yerr=errors.loc[tests.index], capsize=3, marker=".", ylim=(0, 1.05))
+        errors = table.loc[tests.index, tests.columns + "_error"].T.to_numpy()
+        tests.plot(ax=first, yerr=errors, capsize=3, marker=".", ylim=(0, 1.05))
         for axes, keys in zip(others, PANELS):
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, color="lightgray")
