@@ -891,7 +891,7 @@ def read_file(path: str) -> Iterable[dict]:
     if path.endswith(".parquet"):
         import datasets
 
-        return datasets.load_dataset("parquet", data_files=path, split="train")
+        return datasets.Dataset.from_parquet(path)
     text = Path(path).read_text("utf-8-sig")
     if not text.lstrip().startswith("["):   # each line becomes a list with what stands in it
         text = "[" + text.replace("\n", "]\n,[") + "]"
