@@ -1217,25 +1217,24 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=plain, special_tokens=special))
 
 
-def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal: float, size: int) -> int:
-    """Supervised learning of the references, `size` questions a step, until their mean probability, which the loss
-    knows, reaches `goal`, or for 1,000 steps. Returns the number of steps."""
+def teach(learner: Learner, tokenizer: Tokenizer, examples: list[Example], goal: float) -> None:
+    """Supervised learning of the references, 128 questions a step, until their mean probability, which the loss knows,
+    reaches `goal`, or for 1,000 steps."""
     policy = Policy(1.0, 0, learner.model.config.softcap)
     chance = 0.0                            # of the reference, as a running mean
     for step in progress_bar(1000, "starter", "step"):
-        batch = [examples[i] for i in permutation(len(examples), step)[:size]]
+        batch = [examples[i] for i in permutation(len(examples), step)[:128]]
         answers = [[*tokenizer.encode(example.references[0]), tokenizer.stops[0]] for example in batch]
         lessons = [Completion(numpy.array(x), numpy.ones(len(x), bool), numpy.zeros(len(x))) for x in answers]
         prefix = gpt.prefix_of(learner.model, [example.prompt for example in batch])
         logprobs, owners = gpt.completion_logprobs(learner.model, prefix, lessons, policy)
-        right = torch.zeros(size).index_add(0, owners, logprobs.detach()).exp().mean().item()
+        right = torch.zeros(len(batch)).index_add(0, owners, logprobs.detach()).exp().mean().item()
         chance += 0.2 * (right - chance)
         if chance >= goal:
-            return step
+            break
         learner.model.zero_grad(set_to_none=False)
         (-logprobs.sum()).backward()
         learner.update(len(logprobs))
-    return 1000
 
 
 def make_starter(folder: Path) -> None:
@@ -1247,8 +1246,8 @@ def make_starter(folder: Path) -> None:
     flags = Flags(**TASKS["arithmetic"])
     learner = Learner(model, Ranks(torch.device("cpu")), torch.float32, flags)
     examples = load_examples(flags, tokenizer, shape["sequence_len"], flags.data, "train")
-    steps = teach(learner, tokenizer, examples, goal=0.6, size=128)
-    gpt.save_checkpoint(folder, steps, learner.model, learner.model.state_dict(), tokenizer)
+    teach(learner, tokenizer, examples, goal=0.6)
+    gpt.save_checkpoint(folder, learner.updates, learner.model, learner.model.state_dict(), tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def teach_adder(folder: Path) -> None:
     model = gpt.GPT(gpt.nanochat_config("current", **shape, vocab_rows=320)).init_weights(seed=0)
     model.raw_config = shape
     learner, examples = cpu_learner(model), chat_rl.load_examples(flags, tokenizer, 128, "sums", "train")
-    chat_rl.teach(learner, tokenizer, examples, goal=0.2, size=128)
+    chat_rl.teach(learner, tokenizer, examples, goal=0.2)
     state = learner.model.state_dict()
     learner.model.stored_types = {key: torch.bfloat16 for key in state if "wte" in key or "value_embeds" in key}
     gpt.save_checkpoint(folder, 150, learner.model, state, tokenizer)
