@@ -782,7 +782,7 @@ def math_server() -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
+        env=os.environ | {"PYTHONHASHSEED": "0"},
     )
     if not server.stdout.readline():
         error = (server.stderr.read().strip() or "it ended").splitlines()[-1]
@@ -1343,7 +1343,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
-    base = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).resolve()
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().resolve()
     out, origin, state = find_run(argv, base)
     argv = sum(origin["argv"], [])          # all that was given, the latest last
     given = parse_flags(argv, {})
@@ -1390,7 +1390,7 @@ def save(run: Run, learner: Learner) -> None:
     state = learner.save_state()
     if learner.ranks.rank:
         return
-    weights = {**learner.model.state_dict(), **state["masters"]}
+    weights = learner.model.state_dict() | state["masters"]
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
     state |= {"origin": run.origin, "step": run.step}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
