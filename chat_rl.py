@@ -1266,7 +1266,7 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
     if path.is_dir():
         return str(path), path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag):
-        return tag, tag.partition("/")[2]
+        return tag, path.name
     raise UserError(f"no model tag {tag} in {home}: choose one of {', '.join(sorted(ages))}, a folder with model_*.pt "
                     "or config.json and *.safetensors, or a hub name")
 
@@ -1352,7 +1352,7 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     place, step = origin["source"], origin["source_step"]
     if state and not given.lora_rank:       # a run has all of its weights; adapters want those that they adapt
         place, step = str(out), state["step"]
-    starter = Path(origin["source"]).parts[-2:] == ("chatsft_checkpoints", "starter")
+    starter = origin["source"].endswith("/chatsft_checkpoints/starter")
     if starter and not state and not gpt.checkpoint_steps(Path(place)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
