@@ -464,8 +464,8 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
 
 
 def pass_at_k(scores: list[list[float]], k: int) -> tuple[float, float]:
-    """The chance that one of k samples is right, 1 − C(wrong, k) / C(n, k) without bias from a question's n scores (Chen
-    et al. 2021): its mean over the questions, and the standard error of that (0 for a single one)."""
+    """The chance that one of k samples is right, 1 − C(wrong, k) / C(n, k) without bias from a question's n scores
+    (Chen et al. 2021): its mean over the questions, and the standard error of that (0 for a single one)."""
     values = [1 - math.comb(sum(score < 1 for score in row), k) / math.comb(len(row), k) for row in scores]
     return statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values) - 1 or 1)
 
