@@ -1173,7 +1173,7 @@ class Log:
         for axes, keys in zip(others, PANELS):
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, color="lightgray")
-            axes.axhspan(0, 0.01, alpha=0)  # in the picture
+            axes.axhspan(0, 1e-4, alpha=0)  # in the picture
             steps.rolling(10, min_periods=1).mean().plot(ax=axes)
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
 

@@ -136,7 +136,7 @@ def against_transformers(depth: int, width: int, device: torch.device, dtype: to
     theirs = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
     config, state = gpt.huggingface_config(config.to_dict(), VOCAB), theirs.state_dict()
     state = {name: state[gpt.huggingface_name(name)] for name in gpt.empty_model(config).state_dict()}
-    mine, policy = gpt.build(config, state, {}), gpt.Policy(1.0, 50)
+    mine, policy = gpt.build(config, state), gpt.Policy(1.0, 50)
     prompts = torch.randint(VOCAB, (P, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = prompts.repeat_interleave(N, dim=0).to(device)
     settings = dict(do_sample=True, top_k=50, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0)

@@ -108,6 +108,6 @@ def test_logits_of_each_generation(tmp_path, generation):
     wanted = reference_logits({key: x.double() for key, x in state.items()}, WINDOWED, ids)
     assert wanted.shape == (160, 265) and 5 < wanted.abs().max() < 15
     torch.testing.assert_close(logits_of(model, model(torch.tensor([ids]), gpt.Cache()))[0].double(), wanted, rtol=0, atol=5e-5)
-    hidden = model.bfloat16()(torch.tensor([ids]))[0]
+    hidden = model.bfloat16()(torch.tensor([ids]), gpt.Cache())[0]
     assert hidden.dtype == torch.bfloat16 and logits_of(model, hidden).dtype == torch.float32
     assert (logits_of(model, hidden) - wanted).norm() < 0.02 * wanted.norm()
