@@ -967,8 +967,7 @@ def generate(
 
     Each random number is a function of (seed, stream, sample, position): `streams` names the prompts'. A completion
     ends with one of the tokenizer's stops, or after max_new_tokens tokens, forced ones included. `progress` is told
-    after each position how many have ended. Raises ValueError past the model's last position.
-    """
+    after each position how many have ended. Raises ValueError past the model's last position."""
     if max(map(len, prompts)) + max_new_tokens > model.config.max_positions:
         raise ValueError(f"a prompt and its completion take more than {model.config.max_positions} positions")
     cache = Cache(prefix_of(model, prompts), num_samples)
