@@ -19,10 +19,10 @@ The policy is the distribution that is sampled from, after temperature and top-k
 that the calculator forced are attended to but not learned. The machine behind this (ranks, model, cache, sampler,
 tokenizers, checkpoints, optimizers) is gpt.py.
 
-Where to change what: a task in TASKS, the reward in reward_of, the baseline in advantages_of, the loss in loss_of, the
-schedule in lr_fraction, the distribution that is sampled from in gpt.Policy, what is logged in summarize, learn, step
-and evaluate, printed in Log and drawn in PANELS, a family of models in gpt.FAMILIES, KNOWN and NAMES, how weights learn
-in gpt.recipe_of.
+Where to change what: a task in TASKS, the defaults of a kind of model in MODELS, the reward in reward_of, the baseline
+in advantages_of, the loss in loss_of, the schedule in lr_fraction, the distribution that is sampled from in gpt.Policy,
+what is logged in summarize, learn, step and evaluate, printed in Log and drawn in PANELS, a family of models in
+gpt.FAMILIES, KNOWN and NAMES, how weights learn in gpt.recipe_of.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Flags:
     recompute: bool = False                 # compute blocks again in the backward: slower, in less memory
     updates_per_rollout: PositiveInt = 1    # optimizer steps that a rollout is dealt out to
     clip: Annotated[tuple[PositiveFloat, ...], MaxLen(2)] = ()  # PPO's, of the ratio: 0.2, or low and high, 0.2 0.28
-    max_ratio: NonNegativeFloat = 0.0       # leave out updates with a mean ratio, or inverse, above this (0: none)
+    max_ratio: NonNegativeFloat = 0.0       # leave out updates whose mean max(ratio, 1 / ratio) is above this (0: none)
     grad_clip: NonNegativeFloat = 0.0       # cut the gradient to this norm (0: off)
     embedding_lr: NonNegativeFloat = 0.2    # learning rate of the embeddings (Adam)
     unembedding_lr: NonNegativeFloat = 0.004  # learning rate of the unembedding (Adam)
@@ -249,7 +249,7 @@ def bounds_of(flags: Flags) -> tuple[float, float]:
 def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, flags: Flags) -> Tensor:
     """The loss of each sampled token (M,), given its logprob under the policy now, that under the policy that
     sampled it, and the advantage of its completion. At ratio 1 its gradient is REINFORCE's. The clip of the ratio is
-    PPO's (Schulman et al. 2017). The division by the number of tokens comes later."""
+    PPO's (Schulman et al. 2017). Learner.update divides by the number of tokens."""
     ratio = (logprobs - sampled_logprobs).exp()
     return -torch.minimum(advantages * ratio, advantages * ratio.clamp(*bounds_of(flags)))
 
@@ -282,7 +282,8 @@ def permutation(n: int, *counters: int) -> list[int]:
 
 
 def questions_of_step(run: Run) -> list[Example]:
-    """The training questions of the step: each epoch goes through them in an order of its own."""
+    """The training questions of the step: each epoch goes through them in an order of its own, as many as make whole
+    steps."""
     size = run.flags.examples_per_step
     epoch, number = divmod(run.step, len(run.questions) // size)
     order = permutation(len(run.questions), run.flags.seed, ORDER, epoch)
@@ -364,7 +365,7 @@ def num_sampled(completions: list[Completion]) -> int:
 
 
 def summarize(groups: list[Group], stops: tuple[int, ...]) -> dict[str, float]:
-    """Means over the completions, the questions or the sampled tokens of a rollout."""
+    """Means over the completions, the questions or the sampled tokens of a rollout, and the number of time-outs."""
     completions = [completion for group in groups for completion in group.completions]
     learned = [completion for group in groups for completion, _ in group.learnable()]
     num_tokens = num_sampled(completions)
@@ -429,9 +430,9 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         mine = deal(part, lambda group: sum(len(c.tokens) for c, _ in group.learnable()), ranks)
         log_ratios = backward(learner.model, mine, policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
-        # NaN goes on to the update, which makes none
-        if not numpy.exp(abs(drifts[-1])).mean() > (flags.max_ratio or math.inf):
-            norms.append(learner.update(per_update, lr_fraction(run), flags.grad_clip))
+        if 0 < flags.max_ratio < numpy.exp(abs(drifts[-1])).mean():
+            continue                        # but not of NaN, of which the update makes none, and says so
+        norms.append(learner.update(per_update, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)
     low, high = bounds_of(flags)
@@ -453,13 +454,12 @@ def step(run: Run, learner: Learner) -> tuple[dict, list[Group]]:
     seed = flags.seed, TRAINING, run.step
     groups = ranks.from_main(rollout(run, learner, questions, flags.num_samples, policy, seed, f"step {run.step}"))
     rolled_out = time.monotonic()
-    rollout_seconds = max(ranks.all_gather(rolled_out - start))  # of the rank that began first
     metrics = summarize(groups, run.tokenizer.stops) | learn(run, learner, groups, policy)
     return metrics | {
         "lr_fraction": lr_fraction(run),
-        "rollout_seconds": rollout_seconds,
+        "rollout_seconds": rolled_out - start,
         "update_seconds": time.monotonic() - rolled_out,
-        "tokens_per_second": metrics["completion_length"] * len(questions) * flags.num_samples / rollout_seconds,
+        "tokens_per_second": metrics["completion_length"] * len(questions) * flags.num_samples / (rolled_out - start),
     }, groups
 
 
@@ -508,18 +508,18 @@ def train(run: Run, learner: Learner) -> int:
                     log.write_evaluation(run, metrics, answered)
             if run.step >= run.num_steps:
                 break
+            ranks.check()                   # and the others wait for rank 0's log: a step begins on all at once
             metrics, groups = step(run, learner)
             if log:
                 log.write_step(run, metrics, groups)
             failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
             if failures == 5:
                 save(run, learner)
-                raise FloatingPointError("the gradient was not finite five times in a row: lower the rates")
+                raise FloatingPointError("the gradient was not finite five times in a row, as of too high rates")
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
                 saved = run.step
-            ranks.check()
     except gpt.Interrupted as interruption:
         status = 128 + interruption.args[0]
         if saved < run.step:
@@ -541,14 +541,14 @@ def after_marks(text: str) -> str:
 
 def last_box(text: str) -> str:
     r"""What stands in the last \boxed{} whose braces are balanced; "" where there is none."""
-    opened, box = [], slice(0)
+    opened, box = [], ""
     for mark in re.finditer(r"(\\boxed\s*)?(\{)|\\.|(\})", text, re.DOTALL):
         if mark[2]:
             opened.append(mark)
         elif mark[3] and opened:
             start = opened.pop()
-            box = slice(start.end(), mark.start()) if start[1] else box
-    return text[box]
+            box = text[start.end() : mark.start()] if start[1] else box
+    return box
 
 
 def last_answer(text: str) -> str:
@@ -852,7 +852,8 @@ class Grader:
         return self.read(final_answer(reference)) is not None
 
     def __call__(self, reference: str, text: str) -> float:
-        """Whether they are equal, 1.0 or 0.0, whatever a model wrote. A thought that never ends holds no answer."""
+        """Whether they are equal, 1.0 or 0.0, whatever a model wrote. What follows the last thought counts first, then
+        the thoughts that have ended; one that never ends holds no answer."""
         thought, end, rest = text.rpartition("</think>")
         answer = self.in_text(rest.partition("<think>")[0]) or self.in_text(thought + end)
         right, said = self.read(final_answer(reference)), self.read(answer)
@@ -882,6 +883,7 @@ def make_sums() -> dict:
 
 
 # Data that are made here: a name for --data, and the function that returns each split's records, the same every time.
+# No name, as of --few-shot where it is not given, has no splits.
 MADE = {"": dict, "sums": make_sums}
 
 
@@ -984,7 +986,8 @@ def load_examples(flags: Flags, tokenizer: Any, limit: int, place: str, *splits:
         if len(prompt) > limit:
             long += 1
         elif question and references:
-            examples.append(Example(i, messages[-1]["content"], prompt, opening, references, flags.grader))
+            asked = messages[-1]["content"].removesuffix(flags.suffix)
+            examples.append(Example(i, asked, prompt, opening, references, flags.grader))
     told = (
         f"{len(examples)} of {len(records)} questions in {where} can be asked: {long} are longer than the {limit} "
         f"tokens that --max-new-tokens leaves of the model's positions, {len(records) - long - len(examples)} lack a "
@@ -1173,7 +1176,7 @@ class Log:
         for axes, keys in zip(others, PANELS):
             steps = table.reindex(columns=keys).dropna()
             axes.plot(steps, color="lightgray")
-            axes.axhspan(0, 1e-4, alpha=0)  # in the picture
+            axes.axhspan(0, 1e-4, alpha=0)  # the axis includes 0
             steps.rolling(10, min_periods=1).mean().plot(ax=axes)
         gpt.write_file(self.out / "curve.png", partial(figure.savefig, dpi=100, format="png"))
 
@@ -1295,7 +1298,7 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
-    out = base / "chatrl_checkpoints" / ("" if given.max_steps != 0 else "evaluations") / (given.name or name)
+    out = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 else "") / (given.name or name)
     if given.resume and given.max_steps == 0:
         raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
     state = find_state(out, given.model_step, argv) if given.resume else {}
@@ -1409,7 +1412,7 @@ def start(argv: list[str], stack: ExitStack) -> int:
         try:
             run, model, state = prepare(argv, stack)
         except UserError as error:
-            run = error
+            run = error                     # for the others to end too
     run = ranks.from_main(run)
     if isinstance(run, UserError):
         raise run
@@ -1435,7 +1438,9 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:           # before a run listens
             status = 128 + signal.SIGINT
         except UserError as error:          # of all ranks: said once on each machine
-            text, status = f"{error}" * (os.environ.get("LOCAL_RANK", "0") == "0"), 2
+            status = 2
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                text = f"{error}"
         except (OSError, FloatingPointError) as error:
             text = f"{error}: mend that, and go on with --resume"
     if text:

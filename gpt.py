@@ -74,7 +74,8 @@ class Ranks:
     """The processes of a run, each with a share of the work; one where torchrun did not start it.
 
     Rank 0 alone reads checkpoints and data, prints and saves. A first SIGTERM, SIGINT or SIGHUP ends work that polls,
-    and waits for the end of any other; another one, a second later, ends the process at once.
+    and waits for the end of any other; another one, a second later, ends the process at once, unless it is waiting for
+    another rank.
     """
 
     device: torch.device
@@ -224,7 +225,7 @@ class Cache:
 
     def __init__(self, prefix: Prefix | None = None, num_samples: int = 0):
         self.prefix = prefix
-        self.num_samples = num_samples      # of the group with the most rows
+        self.num_samples = num_samples      # of the group with the most rows; 0: not to decode with
         self.size = 0
         self.own = {}                       # layer -> (2, B, G, at least size, D); with a prefix only to decode
         self.last = None                    # (B, T, C) embeddings of the latest forward
@@ -682,7 +683,7 @@ def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
 # The calculator, tokenizers and chat templates
 
 def calculate(expression: str) -> str | None:
-    """What nanochat's calculator says, to ten significant digits and without a trailing `.0`; None where it has
+    """What nanochat's calculator says, decimals to ten significant digits, without a trailing `.0`; None where it has
     nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
     if counted := re.fullmatch(r"""(?a)\(?(['"])([\w .()]*)\1\.count\((['"])([\w .()]*)\3\)\)?""", expression):
@@ -1089,17 +1090,17 @@ def checkpoint_steps(folder: Path) -> list[int]:
 def find_checkpoint(directory: Path, step: int | None) -> Path:
     """Where a checkpoint is, by default the last: the model file of nanochat's format, or a folder in Hugging Face's,
     of a run's step or the directory itself. Raises UserError."""
-    if (directory / "config.json").exists():
+    if step is None and (directory / "config.json").exists():
         return directory
     steps = checkpoint_steps(directory)
-    if not steps:
-        raise UserError(
-            f"no model in {directory}: give a folder with model_<N>.pt and meta_<N>.json, or with config.json and "
-            "model.safetensors (an adapter has to be merged into its base: PEFT's merge_and_unload)"
-        )
-    step = steps[-1] if step is None else step
+    if step is None:
+        step = max(steps, default="<N>")
     if step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {directory}; there are: {steps}")
+        raise UserError(
+            f"no model of step {step} in {directory}, but of {steps}: give a folder with model_<N>.pt and meta_<N>.json, "
+            "or without --model-step one with config.json and model.safetensors (an adapter has to be merged into its "
+            "base: PEFT's merge_and_unload)"
+        )
     folder = directory / f"{step:06d}"
     return folder if folder.is_dir() else directory / f"model_{step:06d}.pt"
 

@@ -204,7 +204,7 @@ def test_steps_that_are_complete(tmp_path):
     last, first = gpt.load_checkpoint(tmp_path)[0], gpt.load_checkpoint(tmp_path, 7)[0]
     assert (last.backout_lambda - first.backout_lambda).item() == pytest.approx(1)
     assert "step 20" in (text := refusal(gpt.load_checkpoint, tmp_path, 20)) and "7, 12" in text
-    assert "no model in" in refusal(gpt.load_checkpoint, tmp_path / "nowhere") and gpt.checkpoint_steps(tmp_path / "nowhere") == []
+    assert "no model of" in refusal(gpt.load_checkpoint, tmp_path / "nowhere") and gpt.checkpoint_steps(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("edit, message", [
