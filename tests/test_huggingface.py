@@ -301,6 +301,7 @@ def test_a_single_file_wins(folder):
     tensors = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
     save_file({**tensors, "model.norm.weight": torch.full((48,), 3.0)}, folder / "model.safetensors")
     assert (gpt.load_checkpoint(folder)[0].last_norm.weight == 3).all()
+    refused("no model of step 7 in .* without --model-step", gpt.load_checkpoint, folder, 7)
 
 
 def shard(folder: Path, name: str = "model.norm.weight") -> Path:

@@ -331,5 +331,7 @@ def test_questions_in_both_are_counted(load, tmp_path, capfd):
     assert said.count("\n") == 1 and said.startswith("2 test questions in") and "training questions too" in said
     load("jsonl", write(tmp_path / "one.jsonl", JSONL))         # a file is all there is
     assert capfd.readouterr().out.startswith("12 test questions in")
+    load("gsm8k", one := write(tmp_path / "one.jsonl", GSM8K), eval_data=f"gsm8k-boxed={one}")  # whatever the suffix
+    assert capfd.readouterr().out.startswith("12 test questions in")
     load("jsonl", folder(tmp_path / "other", train=JSONL[:6], test=JSONL[6:]))
     assert capfd.readouterr().out == ""
