@@ -785,6 +785,7 @@ class ChatTokenizer:
         # not AutoTokenizer: for some classes it makes another tokenizer than the one in tokenizer.json
         mend = "fetch it again, or let transformers' AutoTokenizer save_pretrained it"
         with blaming(f"tokenizer.json of {folder} is missing or broken, or a file beside it", mend):
+            (folder / "tokenizer.json").stat()  # transformers makes do with others, which are not saved
             self.chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             configs = [json.loads(self.files.get(f"{name}.json", "{}")) for name in ("generation_config", "config")]
             ends = [*(config.get("eos_token_id") for config in configs), self.chat.eos_token_id]

@@ -360,6 +360,8 @@ BAD = {
     "integers": (lambda f: edit(f, model__norm__weight=torch.zeros(48).int()), "norm.weight"),
     "config": (lambda f: (f / "config.json").write_text("{"), "config|broken"),
     "tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json of .* is missing or broken"),
+    "another tokenizer": (lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.model").write_text("YQ== 0\n")),
+                          "tokenizer.json of .* is missing or broken"),
     "tokenizer cut": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json of .* is missing or broken"),
     "tokenizer config": (lambda f: (f / "tokenizer_config.json").write_text("[]]"), "or a file beside it"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("{"), "or a file beside it"),
