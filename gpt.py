@@ -1174,8 +1174,8 @@ def load_huggingface(folder: Path, lora_rank: int, variables: dict | None) -> tu
             for name, tensor in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")  # of old folders: it follows from the config
         }
-    table = state["transformer.wte.weight"]
-    if config.tied and not torch.equal(table, state.pop("lm_head.weight", table)):
+    head = state.pop("lm_head.weight", None) if config.tied else None
+    if head is not None and not torch.equal(head, state.setdefault("transformer.wte.weight", head)):
         raise UserError(
             f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json says tie_word_embeddings: set "
             "that to false if the file's lm_head is meant"
