@@ -815,7 +815,9 @@ class ChatTokenizer:
         return self.encode(self.render_text(messages))
 
     def turn_end(self) -> list[int]:
-        """The added token that the template writes after what the assistant says, if it does."""
+        """The added token that the template, if there is one, writes after what the assistant says, if it does."""
+        if not (self.variables.get("chat_template") or self.chat.chat_template):
+            return []                       # a base model, to be asked with --raw-prompt
         said = [{"role": "user", "content": "Agreed?"}, {"role": "assistant", "content": "Agreed."}]
         after = self.render_text(said).partition("Agreed.")[2].lstrip()
         return [token for token in self.encode(after)[:1] if token in self.chat.added_tokens_decoder]

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import SHARED, full_disk, refusal
+from conftest import SHARED, chat_rl, full_disk, refusal
 
 import gpt
 
@@ -264,6 +264,14 @@ def test_adapters_go_out_merged_and_alone(kind, tmp_path):
     assert_close(mine(gpt.load_checkpoint(tmp_path)[0]), logits(tmp_path / "000003"))
 
 
+def test_adapters_name_the_step_that_they_adapt(folder, tmp_path):
+    """Of a run's folder, which as a whole is no model for peft."""
+    model, tokenizer = gpt.load_checkpoint(folder)
+    gpt.save_checkpoint(tmp_path / "run", 7, model, model.state_dict(), tokenizer)
+    _, origin, _ = chat_rl.find_run([f"--model-tag={tmp_path / 'run'}", "--lora-rank=2"], tmp_path)
+    assert origin["source"] == str(tmp_path / "run" / "000007")
+
+
 def test_a_step_is_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     """What another save left of itself is no checkpoint and does not stay; a step may be saved again."""
     model, tokenizer = gpt.load_checkpoint(folder)
@@ -342,8 +350,8 @@ def drop(folder: Path, name: str) -> None:
     save_file({key: x for key, x in load_file(path).items() if key != name}, path)
 
 
-def only_an_adapter(folder: Path) -> None:
-    for path in folder.iterdir():
+def only_an_adapter(folder: Path) -> None:                  # with config.json and tokenizer beside it, as of axolotl
+    for path in folder.glob("model*"):
         path.unlink()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
@@ -368,7 +376,6 @@ BAD = {
     "tokenizer cut": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json of .* is missing or broken"),
     "tokenizer config": (lambda f: (f / "tokenizer_config.json").write_text("[]]"), "or a file beside it"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("{"), "or a file beside it"),
-    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "template.*not set.*--chat-template FILE"),
     "template bytes": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "or a file beside it"),
     "adapter": (only_an_adapter, "merged into its base"),
 }
@@ -479,6 +486,13 @@ def test_where_the_template_comes_from(tmp_path):
         tokenizer.save(copy)
         assert gpt.ChatTokenizer(copy).render_text(CHATS[1]) == text
         assert transformers.AutoTokenizer.from_pretrained(copy).apply_chat_template(CHATS[1], tokenize=False) == text
+
+
+def test_without_a_template_only_chats_are_refused(tmp_path):
+    """Base models have none, and --raw-prompt needs none."""
+    tokenizer = gpt.ChatTokenizer(add_tokenizer(tmp_path, None))
+    assert tokenizer.stops == (256,) and tokenizer.encode_raw("a")
+    refused("template.*not set.*--chat-template FILE", tokenizer.render, CHATS[0])
 
 
 @pytest.mark.parametrize("template", [
