@@ -1308,20 +1308,22 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
         return out, origin | {"argv": [*origin["argv"], argv]}, state
     if Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
-    step = given.model_step
-    if step is None:
-        step = max(gpt.checkpoint_steps(Path(source)), default=None)
-    wandb_id = os.urandom(4).hex()
-    return out, dict(argv=[argv], source=source, source_step=step, lora_rank=given.lora_rank, wandb_id=wandb_id), {}
+    if name == "starter" and not gpt.checkpoint_steps(Path(source)):
+        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
+            "names another one")
+        make_starter(Path(source))
+    if Path(source).exists():               # else a name on the hub
+        source = str(gpt.find_checkpoint(Path(source), given.model_step))
+    return out, dict(argv=[argv], source=source, lora_rank=given.lora_rank, wandb_id=os.urandom(4).hex()), {}
 
 
-def load_model(place: str, step: int | None, flags: Flags) -> tuple[GPT, Any]:
-    """The model and the tokenizer of a folder or a hub's name. Raises UserError."""
+def load_model(place: str, flags: Flags) -> tuple[GPT, Any]:
+    """The model and the tokenizer of a checkpoint or a hub's name. Raises UserError."""
     with gpt.blaming("--chat-template or --chat-template-kwargs cannot be read", "give a text file, a JSON object"):
         variables = {"date_string": "26 Jul 2024"} | json.loads(flags.chat_template_kwargs)  # Llama's own day, on any
         if flags.chat_template:             # an empty file is none
             variables["chat_template"] = Path(flags.chat_template).expanduser().read_text(encoding="utf-8") or None
-    return gpt.load_checkpoint(gpt.find_folder(place), step, flags.lora_rank, variables)
+    return gpt.load_checkpoint(gpt.find_folder(place), lora_rank=flags.lora_rank, variables=variables)
 
 
 def open_folder(run: Run, stack: ExitStack) -> None:
@@ -1352,16 +1354,13 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     given = parse_flags(argv, {})
     if given.lora_rank != origin["lora_rank"]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-    place, step = origin["source"], origin["source_step"]
+    place = origin["source"]
     if state and not given.lora_rank:       # a run has all of its weights; adapters want those that they adapt
-        place, step = str(out), state["step"]
-    starter = origin["source"].endswith("/chatsft_checkpoints/starter")
-    if starter and not state and not gpt.checkpoint_steps(Path(place)):
-        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
-            "names another one")
-        make_starter(Path(place))
-    model, tokenizer = load_model(place, step, given)
-    kind = "starter" if starter else "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+        place = str(gpt.find_checkpoint(out, state["step"]))
+    model, tokenizer = load_model(place, given)
+    kind = "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+    if "/chatsft_checkpoints/starter/" in origin["source"]:
+        kind = "starter"
     flags = settle_flags(argv, kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     per_epoch = len(questions) // flags.examples_per_step

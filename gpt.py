@@ -1092,8 +1092,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def find_checkpoint(directory: Path, step: int | None) -> Path:
     """Where a checkpoint is, by default the last: the model file of nanochat's format, or a folder in Hugging Face's,
-    of a run's step or the directory itself. Raises UserError."""
-    if step is None and (directory / "config.json").exists():
+    of a run's step, or what is given itself. Raises UserError."""
+    if directory.is_file() or step is None and any(directory.glob("model*.safetensors*")):
         return directory
     steps = checkpoint_steps(directory)
     if step is None:
@@ -1256,7 +1256,7 @@ def save_checkpoint(
 def find_folder(place: str) -> Path:
     """The folder of that path, or of a model on the hub: its cached one, fetched if need be. Raises UserError where it
     is neither there nor can be fetched, or is there in part."""
-    if Path(place).is_dir():
+    if Path(place).exists():
         return Path(place)
     wanted = [*FILES, "*.safetensors", "*.index.json"]
     mend = "go online (and `hf auth login`, where the model asks for it), or give a folder to --model-tag"

@@ -147,7 +147,7 @@ def test_flags_may_change(finished, capfd):
     assert main(finished, *plain, "--matrix-lr=0.5", "--max-steps=14") == 0
     said = capfd.readouterr().out
     assert f"going on after 11 steps of {out(finished)}, begun from " in said
-    assert "adder, with --model-tag=adder --matrix-lr=0.5 --max-steps=14\n" in said
+    assert ".pt, with --model-tag=adder --matrix-lr=0.5 --max-steps=14\n" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
