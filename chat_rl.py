@@ -603,6 +603,7 @@ FORMS = re.findall(RULE, r"""
     (\\\\)\[[\d.]+[a-z]+\]                                                          → \1
     \\(?:text)?color\s*\{[^{}]*\}                                                   →
     \\(?:text|math|[hm]box|boldsymbol|bm|emph|underline)(?:rm|bf|it|sf|tt|up|normal)?\s*\{ → \\text{
+    (?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))                          →
     \\(?:left|right)\b\.?|\\!\s*|(?<!\\)\\[()\[\]]|(?<!\\)\$                        →
     \\(?:displaystyle|(?:math|text)?(?:rm|bf|it|sf|tt|up))(?![a-zA-Z])              →
     (?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w({\\])                                       →
@@ -623,7 +624,7 @@ FORMS = re.findall(RULE, r"""
     \\text\{\s*cu(?:bic|\.)?\s+([a-zA-Z]+)\s*\}                                     → \\text{\1}^3
     \^?\s*(\{\s*)?\\(?:text)?degree(?![a-zA-Z])(?(1)\s*\})                           → ^\\circ
     (\\(?:sin|cos|tan))\s*(\()?(\d+)\s*\^\s*\{?\\circ\s*\}?(?(2)\))                 → \1(\3\\pi/180)
-    (\d*\.\d*)\\overline\s*\{(\d+)\}                                                → \1\2\2\2\2\2\2\2\2
+    (\d*\.\d*)\\(?:overline|bar)\s*\{(\d+)\}                                        → \1\2\2\2\2\2\2\2\2
     (?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d\d?)(?![\w.])                              → \1\\times~10^{\2}
     \\varnothing                                                                    → \\emptyset
     (\\[dtc]?frac)\s*(\\pi(?![a-zA-Z])|\w)                                          → \1{\2}
@@ -634,23 +635,25 @@ FORMS = re.findall(RULE, r"""
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
     (?:\s|~|(?<!\\)\\[,;:\s]|\\q?quad\b)+                                           → ~
     (?<![\w.,/])(\d+)~(\d\d?)/(\d+)(?!~?\d)                                         → \1\\frac{\2}{\3}
+    (?<![\w.,/^}])(\d+)~?(\\frac\{\d+\}\{\d+\})                                     → (\1+\2)
     ^[~*`]+|(?:[~*,;`\\]|(?<!\.)\.(?!\.))+$                                         →
     ^(?:\+|(-)~)                                                                    → \1
     (?<![\w.,:])(?<!\d~)0+(?=\d)                                                    →
+    ^((?!.*\\\{)[^,([]*(?<!\d)[1-9]\d?\d?),(\d{3}(?!\d)[^,]*)$                        → \1\2
     ~                                                                               → \040
 """)
 NUMBER = re.compile(r"(?a)-?(?:(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
 NAME = re.compile(
     r"""(?xam) (?:^|(?<=,))\ *(?:
-        (?: \\text\{[^{}\n]*\} | \([a-zA-Z](?:,\ *[a-zA-Z])+\) | \|[A-Z]+\|
-          | (?: \\(?:angle|triangle|overline|vec|alpha|beta|gamma|[dD]elta|theta|lambda|mu|phi|rho|omega)\b
+        (?: \\text\{[^{}\n]*\} | \(\\?[a-zA-Z]+(?:,\ *\\?[a-zA-Z]+)+\) | \|[A-Z]+\|
+          | (?: \\(?:angle|triangle|over\w+|vec|alpha|beta|gamma|[dD]elta|theta|lambda|mu|phi|rho|omega)\b
               | [a-zA-Z '{}] | _(?:[a-zA-Z]|\d+|\{\w+\}) | \^\{-1\}(?=\() | (?<=[\w}])\((?:\w|-?\d+)\))+
         )\ *=\ *
     )+"""
 )
 MEASURED = re.compile(
-    r"""(?xa) (.*?\S|)\s*((?:
-        % | (?<=\d)_\s*\{?\s*\w+\s*\}? | ['"]+
+    r"""(?xa) (\\text\{[^{}]*\}\s*(?=\\text|[a-zA-Z]).*|.*?\S|)\s*((?:
+        % | (?<=\d)_\s*\{?\s*\w+\s*\}? | (?<=\d)['"]+
         | \^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?
         | (?!.*\b(?: hundred|thousand|\w*illion|lakh|crore|dozen|hal[fv]|third|quarter
                    | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|plus|minus|negative
@@ -679,6 +682,7 @@ HEAVY = re.compile(
     | \\(?:sum|prod|i+nt|oint|lim) | (?:\^|\\exp).*\\exp
     | !\s*! | [)}\]]\s*! | (?:\^|\d{4}).*(?:(?<!\\)!|binom|choose) | (?:(?<!\\)!|binom|choose).*(?:\^|\d{4})
     | ^(?:$|[<>/]|\\[lg]e\b) | (?:[-+/:<>]|\\(?:cup|cap|cdot|times|pm|[lg]e)\s?)$    # nothing, half of something
+    | (?<![_^])(?<![_^]\d)\d\s(?!\d{3}(?!\d))\d     # numbers in a row
     | \d\s*_\s*\{[^}]*[^\w{}\s]                   # a number with a subscript that is no base
     | \^\s*$ | \^\s*[^{}\s]\s*\^ | \^\s*\{(?:[^{}]|\{[^{}]*\})*(?:\^|\{[^{}]*\{|\Z) | \^\s*\{(?:[^}]*\d){5}
     """
@@ -732,9 +736,9 @@ def serve() -> None:
     import json, os, re, signal, sys
     from functools import lru_cache, partial
     from latex2sympy2_extended import NormalizationConfig
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
     from math_verify import LatexExtractionConfig, grader, parse, parser
-    from sympy import Float, Matrix, Rational, simplify
+    from sympy import Float, Matrix, Mul, Rational, simplify
     exact = lambda value: value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
 
     def close(a, b, *_):
@@ -744,12 +748,18 @@ def serve() -> None:
             return all(map(close, Matrix(a.doit()), Matrix(b.doit())))
         error = (exact(a) - exact(b)).doit()
         size, miss = (
-            abs(value.evalf(60, subs=dict.fromkeys(a.free_symbols | b.free_symbols, 1.3)))
+            abs(value.evalf(60, subs={x: 1.3 + n / 7 for n, x in enumerate(a.free_symbols | b.free_symbols)}))
             for value in (a.doit(), error)
         )
         near = miss <= min(1, size) * (1.01e-6 if (a - b).has(Float) else 0 if error.is_Rational else 1e-50)
         return near and (error.is_number or simplify(error) == 0)
 
+    def product(self, factors, i=0, convert=_Latex2Sympy.convert_postfix_list):
+        """Of the factors from the ith on. math-verify would add 3 to 2 in 2(3), unless it is not seen to be a number."""
+        value = convert(self, factors, i)
+        return Mul(1, value, evaluate=False) if i and getattr(value, "is_Rational", 0) else value
+
+    _Latex2Sympy.convert_postfix_list = product
     grader.sympy_numeric_eq = grader.sympy_symbolic_eq = close      # its own takes all that is near 0 for 0
     parser.latex2sympy = partial(latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
     config = LatexExtractionConfig(normalization_config=NormalizationConfig(nits=True, malformed_operators=True))
@@ -825,7 +835,7 @@ def same_math(reference: str, answer: str) -> bool:
     (right, unit), (said, other) = measured(reference), measured(answer)
     if unit != other and (unit and other or "_" in other):
         return False
-    chain = "\n" if "=" in right and "=" in said else "="
+    chain = "\n" if "=" in right and said.count("=") == 1 else "="
     if chain == "=":
         right, said = unnamed(right), unnamed(said)
     pair = f"{right}\n{said}"
