@@ -1318,7 +1318,7 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
         return out, origin | {"argv": [*origin["argv"], argv]}, state
     if Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
-    if name == "starter" and not gpt.checkpoint_steps(Path(source)):
+    if source.endswith("/chatsft_checkpoints/starter") and not gpt.checkpoint_steps(Path(source)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(source))
