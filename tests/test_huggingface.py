@@ -270,6 +270,9 @@ def test_adapters_name_the_step_that_they_adapt(folder, tmp_path):
     gpt.save_checkpoint(tmp_path / "run", 7, model, model.state_dict(), tokenizer)
     _, origin, _ = chat_rl.find_run([f"--model-tag={tmp_path / 'run'}", "--lora-rank=2"], tmp_path)
     assert origin["source"] == str(tmp_path / "run" / "000007")
+    elsewhere = folder.rename(tmp_path / "starter")         # where no starter is to be made
+    assert chat_rl.find_run([f"--model-tag={elsewhere}"], tmp_path)[1]["source"] == str(elsewhere)
+    assert not list(elsewhere.glob("model_*"))
 
 
 def test_a_step_is_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
