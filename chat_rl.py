@@ -730,6 +730,20 @@ def number(text: str) -> Decimal | None:
     return Decimal(value) if NUMBER.fullmatch(value) and "_" not in unit else None
 
 
+def sympy_equal(a, b, *_) -> bool:
+    """Whether two of sympy's values are: exact ones are equal or not; decimals to 6 places, and 6 digits where they are
+    below 1. What differs at one point is not asked whether it is equal everywhere."""
+    from sympy import Float, Matrix, Rational, simplify
+    if (a - b).is_Matrix:
+        return all(map(sympy_equal, Matrix(a.doit()), Matrix(b.doit())))
+    exact = lambda value: value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
+    error = (exact(a) - exact(b)).doit()
+    point = {x: 1.3 + n / 7 for n, x in enumerate(a.free_symbols | b.free_symbols)}
+    size, miss = (abs(value.evalf(60, subs=point)) for value in (a.doit(), error))
+    near = miss <= min(1, size) * (1.01e-6 if (a - b).has(Float) else 0 if error.is_Rational else 1e-50)
+    return near and (error.is_number or simplify(error) == 0)
+
+
 def serve() -> None:
     """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
     are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
@@ -738,21 +752,7 @@ def serve() -> None:
     from latex2sympy2_extended import NormalizationConfig
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
     from math_verify import LatexExtractionConfig, grader, parse, parser
-    from sympy import Float, Matrix, Mul, Rational, simplify
-    exact = lambda value: value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
-
-    def close(a, b, *_):
-        """Exact values are equal or not; decimals to 6 places, and 6 digits where they are below 1. What differs at
-        one point is not asked whether it is equal everywhere."""
-        if (a - b).is_Matrix:
-            return all(map(close, Matrix(a.doit()), Matrix(b.doit())))
-        error = (exact(a) - exact(b)).doit()
-        size, miss = (
-            abs(value.evalf(60, subs={x: 1.3 + n / 7 for n, x in enumerate(a.free_symbols | b.free_symbols)}))
-            for value in (a.doit(), error)
-        )
-        near = miss <= min(1, size) * (1.01e-6 if (a - b).has(Float) else 0 if error.is_Rational else 1e-50)
-        return near and (error.is_number or simplify(error) == 0)
+    from sympy import Mul
 
     def product(self, factors, i=0, convert=_Latex2Sympy.convert_postfix_list):
         """Of the factors from the ith on. math-verify would add 3 to 2 in 2(3), unless it is not seen to be a number."""
@@ -760,7 +760,7 @@ def serve() -> None:
         return Mul(1, value, evaluate=False) if i and getattr(value, "is_Rational", 0) else value
 
     _Latex2Sympy.convert_postfix_list = product
-    grader.sympy_numeric_eq = grader.sympy_symbolic_eq = close      # its own takes all that is near 0 for 0
+    grader.sympy_numeric_eq = grader.sympy_symbolic_eq = sympy_equal  # its own takes all that is near 0 for 0
     parser.latex2sympy = partial(latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
     config = LatexExtractionConfig(normalization_config=NormalizationConfig(nits=True, malformed_operators=True))
 
@@ -778,7 +778,7 @@ def serve() -> None:
         print(int(grader.verify(*pair, allow_set_relation_comp=True, timeout_seconds=None)), flush=True)
 
 
-SERVER = inspect.getsource(serve) + "serve()"
+SERVER = inspect.getsource(sympy_equal) + inspect.getsource(serve) + "serve()"
 
 
 @lru_cache
