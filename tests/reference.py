@@ -16,7 +16,6 @@ WINDOWED = {"sequence_len": 144, "vocab_size": 265, "n_layer": 4, "n_head": 4, "
             "window_pattern": "SLS"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # A checkpoint, and what nanochat computes from it
 
 

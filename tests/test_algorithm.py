@@ -22,7 +22,6 @@ QUESTIONS = ["?", "What is 17 + 4? Think of it as long as you like before you sa
 REWARDS = [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.5, 0.5], [1.0] * 5, [0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 4 + [0.3]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Plain ones: every row run separately, whole, in float64, with no cache and nothing left out
 
 
@@ -68,7 +67,6 @@ def learned(groups: list[Group]) -> list[Group]:
     return [group for group in groups if len(set(group.rewards)) > 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The gradient
 
 
@@ -152,7 +150,6 @@ def test_the_clip_is_lopsided(clip, kept):
         assert logprobs.grad.tolist() == pytest.approx([-advantage * r * k for r, k in zip(ratios.tolist(), inside)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # A step
 
 
@@ -307,7 +304,6 @@ def test_shares_are_balanced():
     assert chat_rl.deal([1, 2], lambda item: 5, SimpleNamespace(rank=2, size=3)) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Advantages, estimates, questions
 
 

@@ -31,7 +31,6 @@ def groups_of(prompts: list[list[int]], completions: list[list[gpt.Completion]])
             for i, (prompt, rows) in enumerate(zip(prompts, completions))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The device
 
 ANSWERS = {"device": torch.device("cuda", 0), "is_cuda": True, "is_cpu": False}
@@ -162,7 +161,6 @@ class FakeGPU(TorchFunctionMode):
         return result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # It is like a GPU
 
 
@@ -212,7 +210,6 @@ def test_costs_are_counted():
                 assert x.is_cuda and x.device == torch.device(GPU) and y.device.type == "cpu" and not y.is_cuda
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The project on it
 
 

@@ -44,7 +44,6 @@ def fresh(monkeypatch):
     forget()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What scores what: (reference, what the model put in its box, score), by kind
 
 BOXED = {
@@ -175,7 +174,6 @@ def test_what_stands_in_a_box_or_an_answer():
     assert last_answer("<answer> a\nb </answer>") == " a\nb "
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Hostile text
 
 PIECES = ["\\boxed{", "\\boxed", "{", "}", "\\", "\\\\", "\\{", "####", " ", "\n", "<think>", "</think>", "<answer>", "</answer>", "1",
@@ -252,7 +250,6 @@ def test_small_hostile_expressions_are_quick():
     assert same_math.timeouts == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The server
 
 

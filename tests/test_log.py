@@ -142,7 +142,6 @@ def base(whole, tmp_path) -> Path:
     return tmp_path / "base"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # By hand
 
 
@@ -324,7 +323,6 @@ def test_bfloat16_learns_in_float32(base):
     assert samples(base, 0, "evaluations/adder") == samples(base, 2) != samples(base, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # W&B
 
 
@@ -366,7 +364,6 @@ def test_weights_and_biases_fails_in_mid_run(base, monkeypatch, capfd, broken):
     assert wandb.init.called and str(out(base)) in text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Signals
 
 

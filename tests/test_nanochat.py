@@ -288,20 +288,6 @@ def test_foreign_tokenizer_is_refused(tmp_path, content, message):
 # Files
 
 
-def test_a_folder_that_refuses_fsync(tmp_path, monkeypatch):
-    """As some network disks do: the file is there already."""
-    fsync = os.fsync
-
-    def refusing(descriptor: int) -> None:
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(22, "Invalid argument")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refusing)
-    gpt.write_file(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"new"
-
-
 def test_failed_save_leaves_earlier_checkpoints(tmp_path):
     """A checkpoint whose meta cannot be written is not there, and the one before it still loads."""
     model = saved(tmp_path)

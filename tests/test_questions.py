@@ -94,7 +94,6 @@ def test_gsm8k_has_nanochats_test_order(load):
     assert [x.question for x in tests[""]] == list(rows["question"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -179,7 +178,6 @@ def test_a_configuration_and_a_split_of_the_hub(load, monkeypatch):
                                          ("org/name", None, {"train": "dev"}), ("org/name", "main", {"train": "test"})]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What is put around a question
 
 
@@ -245,7 +243,6 @@ def test_a_few_shot_file_that_is_none_is_refused(load, tmp_path, content, words)
     assert all(word in text for word in words) and "--few-shot" in text, text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What is left out, and what is refused
 
 
@@ -289,7 +286,6 @@ def test_what_is_no_question_or_no_reference_is_refused_by_row(examples_of, row,
     assert all(word in text for word in ("row 1 of test of", "rows.jsonl", flag, "the user's last")), text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Test questions from elsewhere
 
 

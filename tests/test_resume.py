@@ -65,7 +65,6 @@ def one_line(text: str, *parts: str) -> None:
     assert "Traceback" not in text and all(str(part) in line for part in parts), text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Signals
 
 
@@ -120,7 +119,6 @@ def test_killed_at_random_moments(base, trouble, tmp_path, kills, steps):
     assert not list(out(base).glob("*.part"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Disks and files
 
 

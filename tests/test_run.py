@@ -194,7 +194,6 @@ def test_tokens_per_second_of_many_ranks(base):
         assert line["tokens_per_second"] <= line["completion_length"] * 8 * 8 / 0.5 * 1.01, line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
