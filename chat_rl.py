@@ -1303,8 +1303,8 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
     return {}
 
 
-def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
-    """The run's folder, its origin, and the state that it goes on from; {} where it begins. Raises UserError."""
+def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
+    """The run's folder, and the state that it goes on from; where it begins, step 0 and its origin. Raises UserError."""
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
@@ -1314,8 +1314,9 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
         origin = state["origin"]
+        origin["argv"].append(argv)
         say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
-        return out, origin | {"argv": [*origin["argv"], argv]}, state
+        return out, state
     if Path(source).is_relative_to(out):
         raise UserError(f"{out} is what the run would begin from: give it another --name")
     if source.endswith("/chatsft_checkpoints/starter") and not gpt.checkpoint_steps(Path(source)):
@@ -1324,7 +1325,8 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict, dict]:
         make_starter(Path(source))
     if Path(source).exists():               # else a name on the hub
         source = str(gpt.find_checkpoint(Path(source), given.model_step))
-    return out, dict(argv=[argv], source=source, lora_rank=given.lora_rank, wandb_id=os.urandom(4).hex()), {}
+    origin = dict(argv=[argv], source=source, lora_rank=given.lora_rank, wandb_id=os.urandom(4).hex())
+    return out, {"origin": origin, "step": 0}
 
 
 def load_model(place: str, flags: Flags) -> tuple[GPT, Any]:
@@ -1359,14 +1361,15 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     """Finds, loads and opens all that a run needs: the run, the model that it begins with, and the state of what it
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().resolve()
-    out, origin, state = find_run(argv, base)
+    out, state = find_run(argv, base)
+    origin, done = state["origin"], state["step"]
     argv = sum(origin["argv"], [])          # all that was given, the latest last
     given = parse_flags(argv, {})
     if given.lora_rank != origin["lora_rank"]:
         raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
     place = origin["source"]
-    if state and not given.lora_rank:       # a run has all of its weights; adapters want those that they adapt
-        place = str(gpt.find_checkpoint(out, state["step"]))
+    if done and not given.lora_rank:        # a run has all of its weights; adapters want those that they adapt
+        place = str(gpt.find_checkpoint(out, done))
     model, tokenizer = load_model(place, given)
     kind = "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
     if "/chatsft_checkpoints/starter/" in origin["source"]:
@@ -1377,7 +1380,6 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     if questions and not per_epoch:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     num_steps = flags.num_epochs * per_epoch if flags.max_steps is None else flags.max_steps
-    done = state.get("step", 0)
     run = Run(flags, questions, tests, tokenizer, out, max(done, num_steps), origin, done)
     open_folder(run, stack)
     return run, model, state
