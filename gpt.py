@@ -1260,7 +1260,7 @@ def find_folder(place: str) -> Path:
         return Path(place)
     wanted = [*FILES, "*.safetensors", "*.index.json"]
     mend = "go online (and `hf auth login`, where the model asks for it), or give a folder to --model-tag"
-    with blaming(f"{place} is no folder and cannot be had from the hub", mend):
+    with blaming(f"{place} is no file or folder and cannot be had from the hub", mend):
         folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
         for path in folder.iterdir():
             path.stat()                     # of what is cached in part some links lead nowhere

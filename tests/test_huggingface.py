@@ -541,7 +541,7 @@ def test_a_model_from_a_filled_cache(folder, tmp_path, monkeypatch):
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
     assert gpt.find_folder("Some/Model") == snapshot and gpt.find_folder(str(folder)) == folder
     assert_close(mine(gpt.load_checkpoint(snapshot)[0]), logits(folder))
-    refused("Some/Other is no folder.*hf auth login.*--model-tag", gpt.find_folder, "Some/Other")
-    refused("a/b/c is no folder.*--model-tag", gpt.find_folder, "a/b/c")
+    refused("Some/Other is no file or folder.*hf auth login.*--model-tag", gpt.find_folder, "Some/Other")
+    refused("a/b/c is no file or folder.*--model-tag", gpt.find_folder, "a/b/c")
     (snapshot / "config.json").resolve().unlink()
     refused("Some/Model .*cannot be had.*No such file.*config.json.*--model-tag", gpt.find_folder, "Some/Model")
