@@ -1308,7 +1308,8 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
-    out = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 else "") / (given.name or name)
+    place = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 else "")
+    out = place.resolve() / (given.name or name)
     if given.resume and given.max_steps == 0:
         raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
     state = find_state(out, given.model_step, argv) if given.resume else {}
@@ -1317,14 +1318,14 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
         origin["argv"].append(argv)
         say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
         return out, state
-    if Path(source).is_relative_to(out):
-        raise UserError(f"{out} is what the run would begin from: give it another --name")
     if source.endswith("/chatsft_checkpoints/starter") and not gpt.checkpoint_steps(Path(source)):
         say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
             "names another one")
         make_starter(Path(source))
     if Path(source).exists():               # else a name on the hub
         source = str(gpt.find_checkpoint(Path(source), given.model_step))
+        if Path(source).resolve().is_relative_to(out):
+            raise UserError(f"{out} is what the run would begin from: give it another --name")
     origin = dict(argv=[argv], source=source, lora_rank=given.lora_rank, wandb_id=os.urandom(4).hex())
     return out, {"origin": origin, "step": 0}
 
@@ -1342,6 +1343,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
     """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
     this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
     out = run.out
+    scripts = [(Path(file).name, Path(file).read_bytes()) for file in (__file__, gpt.__file__)]  # that run's, maybe
     with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
         try:
             stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
@@ -1353,8 +1355,8 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             say(f"the earlier run of {out.name} is now in {place}")
         about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
-        for script in (__file__, gpt.__file__):
-            gpt.write_file(out / Path(script).name, Path(script).read_bytes())
+        for name, text in scripts:
+            gpt.write_file(out / name, text)
 
 
 def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
@@ -1410,7 +1412,7 @@ def save(run: Run, learner: Learner) -> None:
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
     kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]  # of 0: all
     for path in run.out.iterdir():
-        found = re.fullmatch(r"(model_|meta_|optim_|)(\d{6,})(\.\w+)?", path.name)
+        found = re.fullmatch(r"(model_|meta_|optim_|)(\d{6,})(\.pt|\.json)?(\.part)?", path.name)
         if found and int(found[2]) not in (kept[-2:] if found[1] == "optim_" else kept):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

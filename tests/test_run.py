@@ -169,24 +169,12 @@ def test_no_terminal(base, kind):
     assert ("pass@1" in done.stdout) == (kind == "ascii")
 
 
-# Rank 1 takes half a second longer to sample than rank 0, which takes longer than that to save.
-SLOW_RANK = """
-generate, save = gpt.generate, torch.save
-
-def slow_generate(*args, **more):
-    time.sleep(0.5 * int(os.environ["RANK"]))
-    return generate(*args, **more)
-
-def slow_save(*args, **more):
-    time.sleep(0.4)
-    return save(*args, **more)
-
-gpt.generate, torch.save = slow_generate, slow_save
-"""
+SLOW_RANK = """generate = gpt.generate
+gpt.generate = lambda *given, **more: (time.sleep(0.5 * int(os.environ["RANK"])), generate(*given, **more))[1]"""
 
 
 def test_tokens_per_second_of_many_ranks(base):
-    """The tokens of all ranks are divided by the time of the slowest, also where rank 0 comes later, from a save."""
+    """The tokens of all ranks are divided by the time of the slowest, also where rank 0 comes later, from its picture."""
     run(base, *SMALL, "--max-steps=2", "--save-every=1", script=edited(base, SLOW_RANK), ranks=2)
     lines = [line for line in metrics(base) if "reward" in line]
     assert len(lines) == 2
@@ -286,3 +274,21 @@ def test_keep_last_counts_weights(base):
         assert main(base, *flags, f"--name={name}", f"--keep-last={keep}") == 0
         assert gpt.checkpoint_steps(out(base, name)) == models and len([*out(base, name).glob("model_*")]) == len(models)
         assert [int(path.stem[-6:]) for path in sorted(out(base, name).glob("optim_*"))] == states
+
+
+def test_a_run_by_an_earlier_ones_scripts(base):
+    """They are copied although that run is moved away; a save takes its own kind of files away, and no other."""
+    for script in (ROOT, out(base)):
+        run(base, *SMALL, "--max-steps=1", script=script / "chat_rl.py")
+    (out(base) / "optim_000002.pt.part").mkdir(), (out(base) / "1234567.out").touch()   # of a kill, of a queue
+    assert (out(base) / "gpt.py").exists() and main(base, *SMALL, "--max-steps=3", "--resume") == 0 and weights(base, 3)
+    assert (out(base) / "1234567.out").exists() and not list(out(base).glob("*.part"))
+
+
+def test_the_source_is_seen_through_links(base, capfd):
+    """A run does not move what it begins from."""
+    (base / "disk").mkdir(), (base / "chatrl_checkpoints").symlink_to(base / "disk")
+    assert main(base, *SMALL, "--max-steps=1") == 0
+    (base / "chatsft_checkpoints" / "link").symlink_to(out(base))
+    for flags in ([f"--model-tag={out(base)}"], ["--model-tag=link", "--name=adder"]):
+        assert "give it another --name" in refusal(base, capfd, *SMALL, *flags)
