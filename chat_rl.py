@@ -1318,10 +1318,12 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
         origin["argv"].append(argv)
         say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
         return out, state
-    if source.endswith("/chatsft_checkpoints/starter") and not gpt.checkpoint_steps(Path(source)):
-        say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; --model-tag "
-            "names another one")
-        make_starter(Path(source))
+    if source.endswith("/chatsft_checkpoints/starter"):
+        with filelock.FileLock(f"{source}.lock"):  # one run makes it, others wait
+            if not gpt.checkpoint_steps(Path(source)):
+                say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; "
+                    "--model-tag names another one")
+                make_starter(Path(source))
     if Path(source).exists():               # else a name on the hub
         source = str(gpt.find_checkpoint(Path(source), given.model_step))
         if Path(source).resolve().is_relative_to(out):

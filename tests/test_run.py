@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, chat, distance, edited, environment, main, metrics, out, run, samples, untimed, weights
+from conftest import (ROOT, SMALL, chat, distance, edited, ended, environment, main, metrics, out, output, run, samples, started,
+                      untimed, weights)
 
 import chat_rl
 import gpt
@@ -285,10 +286,14 @@ def test_a_run_by_an_earlier_ones_scripts(base):
     assert (out(base) / "1234567.out").exists() and not list(out(base).glob("*.part"))
 
 
+def test_two_runs_make_one_starter(tmp_path):
+    script, flags = edited(tmp_path, "chat_rl.teach = lambda *given, **more: time.sleep(2)"), ["--max-steps=0", "--eval-examples=2"]
+    with started(tmp_path, *flags, "--name=one", script=script) as first:
+        said = run(tmp_path, *flags, "--name=two", script=script).stdout
+        assert ended(first, tmp_path, 60) == 0 and (said + output(tmp_path)).count("making the starter") == 1
+
+
 def test_the_source_is_seen_through_links(base, capfd):
-    """A run does not move what it begins from."""
     (base / "disk").mkdir(), (base / "chatrl_checkpoints").symlink_to(base / "disk")
     assert main(base, *SMALL, "--max-steps=1") == 0
-    (base / "chatsft_checkpoints" / "link").symlink_to(out(base))
-    for flags in ([f"--model-tag={out(base)}"], ["--model-tag=link", "--name=adder"]):
-        assert "give it another --name" in refusal(base, capfd, *SMALL, *flags)
+    assert "give it another --name" in refusal(base, capfd, *SMALL, f"--model-tag={out(base)}")     # which it would move
