@@ -431,7 +431,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
         log_ratios = backward(learner.model, mine, policy, flags)
         drifts.append(numpy.concatenate(ranks.all_gather(log_ratios.cpu().double().numpy())))
         if 0 < flags.max_ratio < numpy.exp(abs(drifts[-1])).mean():
-            continue                        # but not of NaN, of which the update makes none, and says so
+            continue                        # NaN goes on to the update, which makes none
         norms.append(learner.update(per_update, lr_fraction(run), flags.grad_clip))
     drift = numpy.concatenate(drifts or [[0.0]])
     ratio = numpy.exp(drift)
@@ -515,7 +515,7 @@ def train(run: Run, learner: Learner) -> int:
             failures = 0 if math.isfinite(metrics["grad_norm"]) else failures + 1
             if failures == 5:
                 save(run, learner)
-                raise FloatingPointError("the gradient was not finite five times in a row, as of too high rates")
+                raise FloatingPointError("the gradient was not finite five times in a row (are the rates too high?)")
             run.step += 1
             if run.step % flags.save_every == 0 or run.step == run.num_steps:
                 save(run, learner)
@@ -1345,7 +1345,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
     """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
     this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
     out = run.out
-    scripts = [(Path(file).name, Path(file).read_bytes()) for file in (__file__, gpt.__file__)]  # that run's, maybe
+    scripts = [(Path(file).name, Path(file).read_bytes()) for file in (__file__, gpt.__file__)]  # that run's own, maybe
     with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
         try:
             stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
@@ -1427,7 +1427,7 @@ def start(argv: list[str], stack: ExitStack) -> int:
         try:
             run, model, state = prepare(argv, stack)
         except UserError as error:
-            run = error                     # for the others to end too
+            run = error                     # which ends the others too
     run = ranks.from_main(run)
     if isinstance(run, UserError):
         raise run
