@@ -755,7 +755,7 @@ def serve() -> None:
     from sympy import Mul
 
     def product(self, factors, i=0, convert=_Latex2Sympy.convert_postfix_list):
-        """Of the factors from the ith on. math-verify would add 3 to 2 in 2(3), unless it is not seen to be a number."""
+        """Of the factors from the ith on. math-verify would add 3 to 2 in 2(3), if it saw that it is a number."""
         value = convert(self, factors, i)
         return Mul(1, value, evaluate=False) if i and getattr(value, "is_Rational", 0) else value
 
@@ -1304,7 +1304,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
 
 
 def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
-    """The run's folder, and the state that it goes on from; where it begins, step 0 and its origin. Raises UserError."""
+    """A run's folder, and the state that it goes on from: where it begins, step 0 and its origin. Raises UserError."""
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)

@@ -1100,9 +1100,9 @@ def find_checkpoint(directory: Path, step: int | None) -> Path:
         step = max(steps, default="<N>")
     if step not in steps:
         raise UserError(
-            f"no model of step {step} in {directory}, but of {steps}: give a folder with model_<N>.pt and meta_<N>.json, "
-            "or without --model-step one with config.json and model.safetensors (an adapter has to be merged into its "
-            "base: PEFT's merge_and_unload)"
+            f"no model of step {step} in {directory}, but of {steps}: give a folder with model_<N>.pt and "
+            "meta_<N>.json, or without --model-step one with config.json and model.safetensors (an adapter has to be "
+            "merged into its base: PEFT's merge_and_unload)"
         )
     folder = directory / f"{step:06d}"
     return folder if folder.is_dir() else directory / f"model_{step:06d}.pt"
