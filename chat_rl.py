@@ -1319,7 +1319,7 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
         say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
         return out, state
     if source.endswith("/chatsft_checkpoints/starter"):
-        with filelock.FileLock(f"{source}.lock"):  # one run makes it, others wait
+        with filelock.FileLock(base / ".starter.lock"):  # one run makes it, others wait
             if not gpt.checkpoint_steps(Path(source)):
                 say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; "
                     "--model-tag names another one")
