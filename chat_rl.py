@@ -603,7 +603,7 @@ FORMS = re.findall(RULE, r"""
     (\\\\)\[[\d.]+[a-z]+\]                                                          → \1
     \\(?:text)?color\s*\{[^{}]*\}                                                   →
     \\(?:text|math|[hm]box|boldsymbol|bm|emph|underline)(?:rm|bf|it|sf|tt|up|normal)?\s*\{ → \\text{
-    (?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))                          →
+    (?<![_^]\d)(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))              →
     \\(?:left|right)\b\.?|\\!\s*|(?<!\\)\\[()\[\]]|(?<!\\)\$                        →
     \\(?:displaystyle|(?:math|text)?(?:rm|bf|it|sf|tt|up))(?![a-zA-Z])              →
     (?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w({\\])                                       →
@@ -635,11 +635,11 @@ FORMS = re.findall(RULE, r"""
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
     (?:\s|~|(?<!\\)\\[,;:\s]|\\q?quad\b)+                                           → ~
     (?<![\w.,/])(\d+)~(\d\d?)/(\d+)(?!~?\d)                                         → \1\\frac{\2}{\3}
-    (?<![\w.,/^}])(\d+)~?(\\frac\{\d+\}\{\d+\})                                     → (\1+\2)
+    (?<![\w./^}])(\d+)~?(\\frac\{\d+\}\{\d+\})                                      → (\1+\2)
     ^[~*`]+|(?:[~*,;`\\]|(?<!\.)\.(?!\.))+$                                         →
     ^(?:\+|(-)~)                                                                    → \1
     (?<![\w.,:])(?<!\d~)0+(?=\d)                                                    →
-    ^((?!.*\\\{)[^,([]*(?<!\d)[1-9]\d?\d?),(\d{3}(?!\d)[^,]*)$                        → \1\2
+    ^((?!.*\\\{)[^,([]*(?<![\w.^}])[1-9]\d?\d?),(\d{3}(?!\d)[^,]*)$                   → \1\2
     ~                                                                               → \040
 """)
 NUMBER = re.compile(r"(?a)-?(?:(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
@@ -755,7 +755,7 @@ def serve() -> None:
     from sympy import Mul
 
     def product(self, factors, i=0, convert=_Latex2Sympy.convert_postfix_list):
-        """Of the factors from the ith on. math-verify would add 3 to 2 in 2(3), if it saw that it is a number."""
+        """That of the factors from the ith on, in such a form that math-verify does not take 2(3) for 2 + 3."""
         value = convert(self, factors, i)
         return Mul(1, value, evaluate=False) if i and getattr(value, "is_Rational", 0) else value
 
@@ -1304,7 +1304,7 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
 
 
 def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
-    """A run's folder, and the state that it goes on from: where it begins, step 0 and its origin. Raises UserError."""
+    """A run's folder, and the state that it goes on from, step 0 and its origin where it begins. Raises UserError."""
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
