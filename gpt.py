@@ -393,34 +393,27 @@ def nanochat_config(generation: str, sequence_len: int, window_pattern: str = "L
     )
 
 
-# model_type: the family's fields of Config, and what transformers takes for keys that are absent
-FAMILIES = {
-    "llama": ({}, {}),
-    "qwen2": ({"qkv_bias": True}, {"num_key_value_heads": 32}),
-    "qwen3": ({"qk_norm": "before"}, {"num_key_value_heads": 32, "head_dim": 128}),
+FAMILIES = {                                # model_type: the family's fields of Config
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "before"},
 }
-# of any family, where config.json has no such key or null
-ABSENT = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4, layer_types=["full_attention"])
-KNOWN = {                                   # other keys of a config.json that say how it runs, with what is known here
+KNOWN = {                                   # keys of a config.json that say how it runs, with what is known here
     "model_type": tuple(FAMILIES),
-    "hidden_act": (None, "silu"),
+    "hidden_act": ("silu",),
+    "layer_types": ({"full_attention"},),
+    "rope_type": ("default", "llama3"),
     "full_attention": (None,),              # RoPE's settings by the type of layer
     "partial_rotary_factor": (None, 1),
-    "rope_type": ("default", "llama3"),
-    "layer_types": ({"full_attention"},),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"), (None, False)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "quantization_config"), (None, False)),
 }
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
-    """The architecture that a config.json describes, for a tokenizer with so many ids. Raises ValueError, naming the
-    field, on whatever would be run wrong."""
-    family, defaults = FAMILIES.get(raw.get("model_type"), ({}, {}))
-    raw = {name: value for name, value in {**defaults, **raw}.items() if value is not None}
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5's order
-    raw = {**ABSENT, "rope_type": rope.get("type", "default"), **raw, **rope}
-    raw["layer_types"] = {*raw["layer_types"]}
+    """The architecture that transformers reads in a config.json, for a tokenizer with so many ids. Raises ValueError,
+    naming the field, on whatever would be run wrong."""
+    raw = raw | raw.get("rope_parameters", {}) | {"layer_types": {*raw.get("layer_types", ["full_attention"])}}
     for name, known in KNOWN.items():
         if raw.get(name) not in known:
             raise ValueError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
@@ -430,16 +423,16 @@ def huggingface_config(raw: dict, vocab_size: int) -> Config:
         vocab_rows=raw["vocab_size"],
         n_layer=raw["num_hidden_layers"],
         n_head=heads,
-        n_kv_head=raw.get("num_key_value_heads", heads),
+        n_kv_head=raw["num_key_value_heads"],
         n_embd=width,
-        head_dim=raw.get("head_dim", width // heads),
+        head_dim=raw.get("head_dim") or width // heads,
         mlp_width=raw["intermediate_size"],
         max_positions=raw["max_position_embeddings"],
         tied=raw["tie_word_embeddings"],
         norm_eps=raw["rms_norm_eps"],
         rope_base=raw["rope_theta"],
         rope_scaling=tuple(raw[name] for name in LLAMA3) if raw["rope_type"] == "llama3" else (),
-        **family,
+        **FAMILIES[raw["model_type"]],
     )
 
 
@@ -1160,8 +1153,10 @@ def load_nanochat(path: Path, lora_rank: int) -> tuple[GPT, Tokenizer]:
 
 def load_huggingface(folder: Path, lora_rank: int, variables: dict | None) -> tuple[GPT, ChatTokenizer]:
     """What a folder of Hugging Face's holds."""
+    from transformers import AutoConfig     # takes seconds
+
     tokenizer = ChatTokenizer(folder, variables)
-    raw = json.loads(tokenizer.files["config.json"])
+    raw = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     config = huggingface_config(raw, tokenizer.vocab_size)
     names = {huggingface_name(name): name for name in [*empty_model(config).state_dict(), "lm_head.weight"]}
     files = {"model.safetensors"}           # which transformers too prefers

@@ -106,7 +106,7 @@ SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 
 
 def config_of(**changes) -> gpt.Config:
-    return gpt.huggingface_config({**PUBLISHED, **changes}, 90)
+    return gpt.huggingface_config(transformers.AutoConfig.for_model(**{**PUBLISHED, **changes}).to_dict(), 90)
 
 
 def test_config_defaults():
@@ -117,7 +117,7 @@ def test_config_defaults():
     assert config_of(model_type="qwen2", num_key_value_heads=None).n_kv_head == 4
     qwen3 = config_of(model_type="qwen3", num_key_value_heads=2)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.n_kv_head, qwen3.head_dim) == (False, "before", 2, 128)
-    harmless = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False,
+    harmless = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": True,
                 "sliding_window": 4096, "layer_types": ["full_attention"] * 2, "quantization_config": None,
                 "rope_scaling": None, "head_dim": None, "max_window_layers": 28, "pretraining_tp": 1}
     assert config_of(**harmless) == config_of()
@@ -131,12 +131,12 @@ def test_config_defaults():
 
 
 @pytest.mark.parametrize("changes, match", [
-    ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"model_type": None}, "model_type is None"),
+    ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"model_type": None}, "model type `None`"),
     ({"model_type": "nanochat"}, "model_type is 'nanochat'.*nanochat's as model_<N>.pt"),
     ({"model_type": ["llama"]}, "cannot be loaded"), ({"rope_scaling": "linear"}, "cannot be loaded"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_parameters": {"rope_theta": "high"}}, "rope_base .*valid number"),
@@ -144,14 +144,15 @@ def test_config_defaults():
     ({"rope_scaling": {**SCALING, "factor": None}}, "rope_scaling.0 .*valid number"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"attention_bias": True}, "attention_bias is True"), ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), 
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "layer_types is .*sliding"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"layer_types": 3}, "cannot be loaded"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ({"hidden_size": None}, "hidden_size"), ({"hidden_size": "64"}, "cannot be loaded"),
     ({"num_hidden_layers": 0}, "n_layer .*greater than 0"),
     ({"num_attention_heads": 4.5}, "cannot be loaded"), ({"rms_norm_eps": float("nan")}, "norm_eps .*greater than 0"),
     ({"num_key_value_heads": 3}, "size mismatch"),
-    ({"intermediate_size": -1}, "mlp_width .*greater than 0"), ({"max_position_embeddings": [1]}, "max_positions .*valid integer"),
+    ({"intermediate_size": -1}, "mlp_width .*greater than 0"), ({"max_position_embeddings": [1]}, "max_position_embeddings"),
     ({"vocab_size": 280}, r"size mismatch for .*weight.*\[272, 48\]"),
 ])
 def test_configs_that_are_refused(changes, match, folder):
@@ -401,6 +402,8 @@ def test_code_in_a_folder_does_not_run(folder, tmp_path):
     set_config(folder, auto_map=classes)
     add_tokenizer(folder, auto_map=classes, tokenizer_class="Evil")
     _, tokenizer = gpt.load_checkpoint(folder)
+    set_config(folder, model_type="evil")
+    refused("cannot be loaded .*custom code", gpt.load_checkpoint, folder)
     assert tokenizer.encode("a") and not (tmp_path / "touched").exists()
     exec((folder / "evil.py").read_text())                  # which would have shown it
     assert (tmp_path / "touched").exists()
