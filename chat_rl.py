@@ -35,7 +35,6 @@ import math
 import operator
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -118,7 +117,6 @@ class Flags:
     eval_samples: PositiveInt = 8           # completions per test question: pass@k for k = 1 … that
     eval_temperature: PositiveFloat = 1.0   # of sampling in evaluations
     save_every: PositiveInt = 60            # steps between checkpoints
-    keep_last: NonNegativeInt = 0           # checkpoints to keep (0: all; of the optimizer's state at most two)
     resume: bool = False                    # go on from the last checkpoint of the run of this name, if any
     seed: Annotated[int, Ge(0), Lt(2**64)] = 42  # of the order of questions and of sampling
 
@@ -1308,10 +1306,8 @@ def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
     given = parse_flags(argv, {})
     argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
-    place = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 else "")
+    place = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 and not given.resume else "")
     out = place.resolve() / (given.name or name)
-    if given.resume and given.max_steps == 0:
-        raise UserError("--max-steps=0 does not go on: give the run's folder as --model-tag, and no --resume")
     state = find_state(out, given.model_step, argv) if given.resume else {}
     if state:
         origin = state["origin"]
@@ -1343,7 +1339,8 @@ def load_model(place: str, flags: Flags) -> tuple[GPT, Any]:
 
 def open_folder(run: Run, stack: ExitStack) -> None:
     """Makes the run's folder, with a copy of the scripts, and keeps other runs out of it while the stack is open and
-    this process alive. What an earlier run left there is moved to previous/ by one that begins. Raises UserError."""
+    this process alive. What an earlier run left there, or this one after the step that it goes on from, is moved to
+    previous/. Raises UserError."""
     out = run.out
     scripts = [(Path(file).name, Path(file).read_bytes()) for file in (__file__, gpt.__file__)]  # that run's own, maybe
     with gpt.blaming(f"cannot write to {out}", "set NANOCHAT_BASE_DIR to a folder that you can write to"):
@@ -1351,10 +1348,13 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             stack.enter_context(filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0))
         except filelock.Timeout:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
-        if not run.step and any(out.glob("*")):
-            place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            os.renames(out, place)
-            say(f"the earlier run of {out.name} is now in {place}")
+        place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        for path in sorted(out.glob("*")):
+            of_step = re.fullmatch(r"(?:model_|meta_|optim_)?(\d{6,})(?:\.pt|\.json)?(?:\.part)?", path.name)
+            if not run.step or of_step and int(of_step[1]) > run.step:
+                os.renames(path, place / path.name)
+        if place.exists():
+            say(f"what {out} held is now in {place}")
         about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
         for name, text in scripts:
@@ -1402,9 +1402,8 @@ def make_learner(run: Run, model: GPT | None, state: dict, ranks: Ranks) -> Lear
 
 
 def save(run: Run, learner: Learner) -> None:
-    """Writes a checkpoint to load here and in nanochat or transformers, and last what the run can go on from. Removes
-    those that --keep-last does not keep, all states but the last two, and what the run left after this step when it
-    went another way. Raises OSError."""
+    """Writes a checkpoint to load here and in nanochat or transformers, and last what the run can go on from, of which
+    it keeps the last two. Raises OSError."""
     state = learner.save_state()
     if learner.ranks.rank:
         return
@@ -1412,11 +1411,8 @@ def save(run: Run, learner: Learner) -> None:
     gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
     state |= {"origin": run.origin, "step": run.step}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
-    kept = [step for step in gpt.checkpoint_steps(run.out) if step <= run.step][-run.flags.keep_last :]  # of 0: all
-    for path in run.out.iterdir():
-        found = re.fullmatch(r"(model_|meta_|optim_|)(\d{6,})(\.pt|\.json)?(\.part)?", path.name)
-        if found and int(found[2]) not in (kept[-2:] if found[1] == "optim_" else kept):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(run.out.glob("optim_*.pt"))[:-2]:
+        path.unlink()
 
 
 def start(argv: list[str], stack: ExitStack) -> int:

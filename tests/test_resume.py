@@ -148,10 +148,12 @@ def test_flags_may_change(finished, capfd):
     assert ".pt, with --model-tag=adder --matrix-lr=0.5 --max-steps=14\n" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
+    assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/14" in capfd.readouterr().out       # evaluated again
     assert main(finished, f"--model-tag={out(finished)}", "--resume", "--model-step=13", "--max-steps=13") == 0
-    assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 14
+    assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 13
     assert "greedy" in metrics(finished)[-1] and "reward" not in metrics(finished)[-1]      # the step that it took there is another's now
-    assert main(finished, *plain, "--max-steps=0") == 2 and "--max-steps=0 does not go on" in capfd.readouterr().err
+    later, = (finished / "chatrl_checkpoints" / "previous").iterdir()
+    assert {path.name for path in later.iterdir()} == {f"{kind}_000014.{end}" for kind, end in (("model", "pt"), ("meta", "json"), ("optim", "pt"))}
     for step in (13, 14):               # the second time it is a repetition
         assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
         assert f"going on after {step} steps of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
@@ -186,12 +188,15 @@ def test_the_starter_and_adapters_go_on(base, tmp_path, rank):
     assert not (base / "chatsft_checkpoints").exists() and not (other / "chatsft_checkpoints").exists()
 
 
-def test_a_way_back_that_is_not_gone_changes_nothing(finished, monkeypatch):
-    """A signal before the first step of a run that goes on from an earlier one."""
-    before = {path: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")}
+def test_a_way_back_is_gone_from_its_beginning(finished, monkeypatch):
+    """Also where a signal ends it before its first step: what it left is in previous/, whole, and it goes on from there."""
+    before = {path.name: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")}
     monkeypatch.setitem(chat_rl.GRADERS, "exact", lambda reference, text: float(os.kill(os.getpid(), signal.SIGTERM) or 0))
-    assert main(finished, "--model-tag=adder", "--resume", "--model-step=11", "--save-every=5") == 128 + signal.SIGTERM
-    assert {path: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")} == before
+    for flags in (["--model-step=11", "--save-every=5"], []):
+        assert main(finished, "--model-tag=adder", "--resume", *flags) == 128 + signal.SIGTERM
+        assert gpt.checkpoint_steps(out(finished))[-1] == 11
+    places = [out(finished), *(finished / "chatrl_checkpoints" / "previous").iterdir()]
+    assert {path.name: path.stat().st_mtime_ns for place in places for path in place.glob("*_0*.pt")} == before and len(places) == 2
 
 
 def test_an_evaluation_that_is_made_again_is_another(finished):
@@ -224,7 +229,9 @@ def test_damaged_and_hostile_states_are_passed_over(finished, tmp_path, capfd):
         assert main(finished, *RUN, "--resume", "--max-steps=11") == 0
         said = capfd.readouterr().out
         assert f"passing over {states[1]}" in said and "step 11/11" in said and not bad.path.exists()
-    states[0].write_bytes(b"")
+    assert not states[1].exists() and [main(finished, *RUN, "--resume")] == [0] and states[1].exists()
+    for state in states:
+        state.write_bytes(b"")
     before = {path: path.read_bytes() for path in out(finished).iterdir()}
     for more in ([], ["--model-step=11"]):
         assert main(finished, *RUN, "--resume", *more) == 2

@@ -203,7 +203,7 @@ def refusal(base: Path, capfd, *flags: str) -> str:
         "--max-new-tokens=128", "--eval-examples=-1", "--rollout-batch-size=0", "--examples-per-step=0",
         "--examples-per-step=100000", "--num-epochs=0", "--no-such-flag", "--num-samples=two", "--eval-temperature=0",
         "--max-ratio=-1", "--max-ratio=nan", "--updates-per-rollout=0", "--lr-schedule=cosine", "--grad-clip=-1",
-        "--num-sample=4", "--keep-last=-1", "--name=/tmp", "--name=..", f"--seed={2**64}")),
+        "--num-sample=4", "--name=/tmp", "--name=..", f"--seed={2**64}")),
     *((f"--clip={clip}", ["--clip"]) for clip in ("x", "-0.1", "nan", "0.2,0.3")),
     ("--model-tag=d99", ["d99", "adder"]), ("--model-tag=/no/such/folder", ["/no/such/folder", "adder"]),
     ("--model-step=3", ["3", "150"]), ("--dtype=float16", ["float16"]), ("--device-type=tpu", ["tpu"]),
@@ -268,17 +268,14 @@ def test_half_an_environment_of_torchrun_is_said(base, capfd, monkeypatch):
     assert "WORLD_SIZE expected, but not set" in text and "start with torchrun, or unset RANK" in text
 
 
-def test_keep_last_counts_weights(base):
-    """It bounds whole checkpoints; without it all weights stay, and the last two states."""
-    flags = [*SMALL, "--max-steps=5", "--save-every=1", "--eval-every=9", "--eval-samples=1"]
-    for name, keep, models, states in (("all", 0, [1, 2, 3, 4, 5], [4, 5]), ("one", 1, [5], [5])):
-        assert main(base, *flags, f"--name={name}", f"--keep-last={keep}") == 0
-        assert gpt.checkpoint_steps(out(base, name)) == models and len([*out(base, name).glob("model_*")]) == len(models)
-        assert [int(path.stem[-6:]) for path in sorted(out(base, name).glob("optim_*"))] == states
+def test_all_weights_stay_and_the_last_two_states(base):
+    assert main(base, *SMALL, "--max-steps=4", "--save-every=1", "--eval-every=9", "--eval-samples=1") == 0
+    assert gpt.checkpoint_steps(out(base)) == [1, 2, 3, 4]
+    assert sorted(path.name for path in out(base).glob("optim_*")) == ["optim_000003.pt", "optim_000004.pt"]
 
 
 def test_a_run_by_an_earlier_ones_scripts(base):
-    """They are copied although that run is moved away; a save takes its own kind of files away, and no other."""
+    """They are copied although that run is moved away; a run that goes on moves its own kind of files away, and no other."""
     for script in (ROOT, out(base)):
         run(base, *SMALL, "--max-steps=1", script=script / "chat_rl.py")
     (out(base) / "optim_000002.pt.part").mkdir(), (out(base) / "1234567.out").touch()   # of a kill, of a queue
