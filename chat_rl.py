@@ -746,18 +746,14 @@ def serve() -> None:
     """The work of a process of its own: reads [reference, answer] in JSON, line by line, and writes 1 where they
     are equal. It ends with its input, and dies where a line takes more than 5 seconds of its CPU time."""
     import json, os, re, signal, sys
-    from functools import lru_cache, partial
+    from functools import lru_cache, partial, reduce
+    from operator import mul
     from latex2sympy2_extended import NormalizationConfig
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
     from math_verify import LatexExtractionConfig, grader, parse, parser
-    from sympy import Mul
 
-    def product(self, factors, i=0, convert=_Latex2Sympy.convert_postfix_list):
-        """That of the factors from the ith on, in such a form that math-verify does not take 2(3) for 2 + 3."""
-        value = convert(self, factors, i)
-        return Mul(1, value, evaluate=False) if i and getattr(value, "is_Rational", 0) else value
-
-    _Latex2Sympy.convert_postfix_list = product
+    # its own takes 2(3) for 2 + 3
+    _Latex2Sympy.convert_postfix_list = lambda self, factors: reduce(mul, map(self.convert_postfix, factors))
     grader.sympy_numeric_eq = grader.sympy_symbolic_eq = sympy_equal  # its own takes all that is near 0 for 0
     parser.latex2sympy = partial(latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
     config = LatexExtractionConfig(normalization_config=NormalizationConfig(nits=True, malformed_operators=True))
