@@ -562,7 +562,7 @@ def final_answer(reference: str) -> str:
     return last_box(tail) if r"\boxed" in tail else tail
 
 
-# Rules: what is found (a regular expression) → what is put there. In both tables ~ is a space, as in LaTeX.
+# Rules, each for what those above it leave: what is found (a regular expression) → what is put there. ~ is a space.
 RULE = r"(\S.*?) +→ ?(.*)"
 UNICODE = re.findall(RULE, r"""
     [¹²³⁰-ⁿ]+                               → ^{\g<0>}
@@ -596,44 +596,53 @@ UNICODE = re.findall(RULE, r"""
     \u200b                                  →
 """)
 FORMS = re.findall(RULE, r"""
+    # matrices, colours, all that is text
     (?:\\left)?[(\[]\s*\\begin\{array\}\{[^{}]*\}                                   → \\begin{pmatrix}
     \\end\{array\}\s*(?:\\right)?[)\]]                                              → \\end{pmatrix}
     (\\\\)\[[\d.]+[a-z]+\]                                                          → \1
     \\(?:text)?color\s*\{[^{}]*\}                                                   →
     \\(?:text|math|[hm]box|boldsymbol|bm|emph|underline)(?:rm|bf|it|sf|tt|up|normal)?\s*\{ → \\text{
+    # commas between thousands, delimiters, fonts, Markdown's bold
     (?<![_^]\d)(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))              →
     \\(?:left|right)\b\.?|\\!\s*|(?<!\\)\\[()\[\]]|(?<!\\)\$                        →
     \\(?:displaystyle|(?:math|text)?(?:rm|bf|it|sf|tt|up))(?![a-zA-Z])              →
     (?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w({\\])                                       →
     \s*\{\s*([,:])\s*\}\s*                                                          → \1
+    # numbers in text; words and functions without a backslash
     \\text\{((?:[^{}]*[\d\\][^{}]*|\s*[ei]\s*))\}                                   → \1
     ,?\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*    → ,~
     (?<![\\a-zA-Z])(pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty)(?![a-zA-Z])        → \\\1~
     (?<![\\a-zA-Z])\\?sqrt\s*\(([^()]*)\)                                           → \\sqrt{\1}
     \\frac\{\\text\{([^{}]+)\}\}\{\\text\{([^{}]+)\}(\^\{?\d\}?)?\}                 → \\text{\1/\2}\3
+    # money, and what something is: '\text{cost is } \$5'
     \\\$|\bUSD\b                                                                    → \\text{dollar}
     [₠-₿]                                                                           → \\text{\g<0>}
     \\text\{([^{}]*[a-zA-Z]\s*)(?::|\bis)\s*\}\s*                                   → \\text{\1}=
     (?<=[a-z]{2}):\s*(?=[-\d.(\\])|(?<=[a-zA-Z])\s+is\s+(?=[-\d.(\\])               → =
     (^|=)\s*([-+]?)\s*\\text\{(dollar|pound|euro|yen|[₠-₿])\}(.*)                   → \1\2\4\\text{\3}
+    # percent, degrees, areas, volumes
     \\text\{\s*percent\s*\}|\bpercent\b|\\%                                         → %
     \\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?$                                    → ^\\circ
     \\text\{\s*sq(?:uare|\.)?\s+([a-zA-Z]+)\s*\}                                    → \\text{\1}^2
     \\text\{\s*cu(?:bic|\.)?\s+([a-zA-Z]+)\s*\}                                     → \\text{\1}^3
     \^?\s*(\{\s*)?\\(?:text)?degree(?![a-zA-Z])(?(1)\s*\})                           → ^\\circ
     (\\(?:sin|cos|tan))\s*(\()?(\d+)\s*\^\s*\{?\\circ\s*\}?(?(2)\))                 → \1(\3\\pi/180)
+    # 0.\overline{3}, 1e5, \emptyset, \frac12, \bigl
     (\d*\.\d*)\\(?:overline|bar)\s*\{(\d+)\}                                        → \1\2\2\2\2\2\2\2\2
     (?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d\d?)(?![\w.])                              → \1\\times~10^{\2}
     \\varnothing                                                                    → \\emptyset
     (\\[dtc]?frac)\s*(\\pi(?![a-zA-Z])|\w)                                          → \1{\2}
     (\\[dtc]?frac\s*\{[^{}]*\})\s*(\\pi(?![a-zA-Z])|\w)                             → \1{\2}
     \\[bB]igg?[lr]?(?![a-zA-Z])                                                     →
+    # comparisons, an answer in one pair of brackets, spaces
     <=                                                                              → \\le~
     >=                                                                              → \\ge~
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
     (?:\s|~|(?<!\\)\\[,;:\s]|\\q?quad\b)+                                           → ~
+    # mixed numbers
     (?<![\w.,/])(\d+)~(\d\d?)/(\d+)(?!~?\d)                                         → \1\\frac{\2}{\3}
     (?<![\w./^}])(\d+)~?(\\frac\{\d+\}\{\d+\})                                      → (\1+\2)
+    # what an answer begins and ends with, 007, 1,000
     ^[~*`]+|(?:[~*,;`\\]|(?<!\.)\.(?!\.))+$                                         →
     ^(?:\+|(-)~)                                                                    → \1
     (?<![\w.,:])(?<!\d~)0+(?=\d)                                                    →
@@ -1269,7 +1278,7 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
     tag = tag or max(ages, key=lambda tag: ([*map(int, re.findall(r"^d(\d+)", tag))], ages[tag]))
     if tag in ages:
         return str(home / tag), tag
-    path = Path(tag).expanduser().resolve()
+    path = Path(os.path.expanduser(tag)).resolve()
     if path.is_dir():
         return str(path), path.parent.name if path.name.isdigit() else path.name  # a step's folder in a run's
     if re.fullmatch(r"[\w.-]+/[\w.-]+", tag):
