@@ -235,7 +235,7 @@ def test_ten_thousand_hostile_characters(what):
         for name, grader in GRADERS.items():
             start = time.process_time()
             assert grader("5", wrapped) == 0 and grader(wrapped, "5") == 0
-            assert time.process_time() - start < 1, name
+            assert time.process_time() - start < 10, name   # what is quadratic takes minutes
     assert same_value.cache_info().misses == asked
 
 
