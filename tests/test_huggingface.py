@@ -148,11 +148,11 @@ def test_config_defaults():
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "layer_types is .*sliding"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"layer_types": 3}, "cannot be loaded"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"hidden_size": None}, "hidden_size"), ({"hidden_size": "64"}, "cannot be loaded"),
+    ({"hidden_size": None}, "cannot be loaded"), ({"hidden_size": "64"}, "cannot be loaded"),
     ({"num_hidden_layers": 0}, "n_layer .*greater than 0"),
     ({"num_attention_heads": 4.5}, "cannot be loaded"), ({"rms_norm_eps": float("nan")}, "norm_eps .*greater than 0"),
     ({"num_key_value_heads": 3}, "size mismatch"),
-    ({"intermediate_size": -1}, "mlp_width .*greater than 0"), ({"max_position_embeddings": [1]}, "max_position_embeddings"),
+    ({"intermediate_size": -1}, "mlp_width .*greater than 0"), ({"max_position_embeddings": [1]}, "cannot be loaded"),
     ({"vocab_size": 280}, r"size mismatch for .*weight.*\[272, 48\]"),
 ])
 def test_configs_that_are_refused(changes, match, folder):
