@@ -188,8 +188,7 @@ def parse_flags(argv: list[str], defaults: dict) -> Flags:
 
 
 def settle_flags(argv: list[str], kind: str) -> Flags:
-    """Those given, else the task's, else those of the kind of model. A run that goes on is given what it was begun
-    with, and after that what is new. Raises UserError."""
+    """Those given, else the task's, else those of the kind of model. Raises UserError."""
     given = parse_flags(argv, MODELS[kind])
     adapters = MODELS["lora"] if given.lora_rank else {}
     return parse_flags(argv, MODELS[kind] | adapters | TASKS[given.task])
@@ -268,7 +267,8 @@ class Run:
     tokenizer: Any
     out: Path
     num_steps: int
-    origin: dict                            # what it was begun from and with: all that is saved of it but its step
+    source: str                             # the checkpoint that it was begun from
+    wandb_id: str
     step: int                               # steps done
 
 
@@ -1079,7 +1079,7 @@ class Log:
                 self.wandb = wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "chat_rl"),
                     name=run.flags.run,
-                    id=run.origin["wandb_id"],
+                    id=run.wandb_id,
                     resume="allow",
                     dir=str(run.out),
                     config=asdict(run.flags),
@@ -1287,15 +1287,15 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
                     "or config.json and *.safetensors, or a hub name")
 
 
-def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step where one is given, unless the last
-    command line is given over again, as by torchrun after a crash; {} where there is none. Raises UserError where
-    there are some, but not that."""
+def find_state(out: Path, step: int | None) -> dict:
+    """What the newest optim_<step>.pt that can be read holds, or that of a step where one is given: but once, for
+    torchrun gives it over again after a crash. {} where there is none. Raises UserError where there are some, but not
+    that."""
     paths = sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
             state = gpt.read_state(path)
-            if state["origin"]["argv"][-1] == argv or step in (None, state["step"]):
+            if step in (None, state["step"], state["flags"]["model_step"]):
                 return state
         except Exception as error:          # damaged and foreign files fail in many ways
             say(f"passing over {path}: {gpt.one_line(error)}")
@@ -1307,30 +1307,26 @@ def find_state(out: Path, step: int | None, argv: list[str]) -> dict:
 
 
 def find_run(argv: list[str], base: Path) -> tuple[Path, dict]:
-    """A run's folder, and the state that it goes on from, step 0 and its origin where it begins. Raises UserError."""
+    """A run's folder, and the state that it goes on from, without flags where it begins. Raises UserError."""
     given = parse_flags(argv, {})
-    argv = [flag for flag in argv if flag != "--resume"]
     source, name = find_source(given.model_tag, base)
     place = base / "chatrl_checkpoints" / ("evaluations" if given.max_steps == 0 and not given.resume else "")
     out = place.resolve() / (given.name or name)
-    state = find_state(out, given.model_step, argv) if given.resume else {}
+    state = find_state(out, given.model_step) if given.resume else {}
     if state:
-        origin = state["origin"]
-        origin["argv"].append(argv)
-        say(f"going on after {state['step']} steps of {out}, begun from {origin['source']}, with {' '.join(argv)}")
+        say(f"going on after {state['step']} steps of {out}, begun from {state['source']}, with {' '.join(argv)}")
         return out, state
     if source.endswith("/chatsft_checkpoints/starter"):
         with filelock.FileLock(base / ".starter.lock"):  # one run makes it, others wait
             if not gpt.checkpoint_steps(Path(source)):
-                say(f"no checkpoint in {base}: making the starter, a tiny GPT that is right six times in ten; "
-                    "--model-tag names another one")
+                say(f"making the starter, a tiny GPT that is right six times in ten, in {base}; --model-tag names "
+                    "another model")
                 make_starter(Path(source))
     if Path(source).exists():               # else a name on the hub
         source = str(gpt.find_checkpoint(Path(source), given.model_step))
         if Path(source).resolve().is_relative_to(out):
             raise UserError(f"{out} is what the run would begin from: give it another --name")
-    origin = dict(argv=[argv], source=source, lora_rank=given.lora_rank, wandb_id=os.urandom(4).hex())
-    return out, {"origin": origin, "step": 0}
+    return out, {"step": 0, "flags": {}, "source": source, "wandb_id": os.urandom(4).hex()}
 
 
 def load_model(place: str, flags: Flags) -> tuple[GPT, Any]:
@@ -1355,12 +1351,12 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             raise UserError(f"another run is writing to {out}: wait for its end, or give this one a --name") from None
         place = out.parent / "previous" / f"{out.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         for path in sorted(out.glob("*")):
-            of_step = re.fullmatch(r"(?:model_|meta_|optim_)?(\d{6,})(?:\.pt|\.json)?(?:\.part)?", path.name)
+            of_step = re.fullmatch(r"(?:[a-z]+_)?(\d{6,})(?:_train)?(?:\.pt|\.jsonl?)?(?:\.part)?", path.name)
             if not run.step or of_step and int(of_step[1]) > run.step:
                 os.renames(path, place / path.name)
         if place.exists():
             say(f"what {out} held is now in {place}")
-        about = run.origin | {"flags": asdict(run.flags), "torch": torch.__version__}
+        about = {"flags": asdict(run.flags), "source": run.source, "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
         for name, text in scripts:
             gpt.write_file(out / name, text)
@@ -1371,25 +1367,23 @@ def prepare(argv: list[str], stack: ExitStack) -> tuple[Run, GPT, dict]:
     goes on from. The run's folder stays locked as long as the stack is open. Raises UserError on what is amiss."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().resolve()
     out, state = find_run(argv, base)
-    origin, done = state["origin"], state["step"]
-    argv = sum(origin["argv"], [])          # all that was given, the latest last
-    given = parse_flags(argv, {})
-    if given.lora_rank != origin["lora_rank"]:
-        raise UserError("--lora-rank makes the state another shape: leave out --resume to begin anew")
-    place = origin["source"]
-    if done and not given.lora_rank:        # a run has all of its weights; adapters want those that they adapt
+    source, done = state["source"], state["step"]
+    flags = parse_flags(argv, state["flags"])
+    if done and (flags.task, flags.lora_rank) != (state["flags"]["task"], state["flags"]["lora_rank"]):
+        raise UserError("--task and --lora-rank are a run's for good: leave out --resume to begin anew")
+    place = source
+    if done and not flags.lora_rank:        # a run has all of its weights; adapters want those that they adapt
         place = str(gpt.find_checkpoint(out, done))
-    model, tokenizer = load_model(place, given)
-    kind = "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
-    if "/chatsft_checkpoints/starter/" in origin["source"]:
-        kind = "starter"
-    flags = settle_flags(argv, kind)
+    model, tokenizer = load_model(place, flags)
+    if not done:
+        kind = "nanochat" if isinstance(tokenizer, Tokenizer) else "huggingface"
+        flags = settle_flags(argv, "starter" if "/chatsft_checkpoints/starter/" in source else kind)
     questions, tests = load_task(flags, tokenizer, limit=model.config.max_positions - flags.max_new_tokens)
     per_epoch = len(questions) // flags.examples_per_step
     if questions and not per_epoch:
         raise UserError(f"{len(questions)} training questions are too few for a step: lower --examples-per-step")
     num_steps = flags.num_epochs * per_epoch if flags.max_steps is None else flags.max_steps
-    run = Run(flags, questions, tests, tokenizer, out, max(done, num_steps), origin, done)
+    run = Run(flags, questions, tests, tokenizer, out, max(done, num_steps), source, state["wandb_id"], done)
     open_folder(run, stack)
     return run, model, state
 
@@ -1413,8 +1407,8 @@ def save(run: Run, learner: Learner) -> None:
     if learner.ranks.rank:
         return
     weights = learner.model.state_dict() | state["masters"]
-    gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.origin["source"])
-    state |= {"origin": run.origin, "step": run.step}
+    gpt.save_checkpoint(run.out, run.step, learner.model, weights, run.tokenizer, run.source)
+    state |= {"step": run.step, "flags": asdict(run.flags), "source": run.source, "wandb_id": run.wandb_id}
     gpt.write_file(run.out / f"optim_{run.step:06d}.pt", partial(torch.save, state))
     for path in sorted(run.out.glob("optim_*.pt"))[:-2]:
         path.unlink()

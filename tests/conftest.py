@@ -417,5 +417,5 @@ def assert_readable(base: Path) -> None:
 def cut_back(base: Path, step: int) -> None:
     """Takes away the checkpoints after a step, as if the run had been killed before they were written."""
     for path in out(base).glob("*_*.*"):
-        if (found := re.fullmatch(r"(model|optim|meta)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
+        if (found := re.fullmatch(r"(model|optim|meta|samples)_(\d+)\.\w+", path.name)) and int(found[2]) > step:
             path.unlink()

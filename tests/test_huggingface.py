@@ -270,9 +270,9 @@ def test_adapters_name_the_step_that_they_adapt(folder, tmp_path):
     model, tokenizer = gpt.load_checkpoint(folder)
     gpt.save_checkpoint(tmp_path / "run", 7, model, model.state_dict(), tokenizer)
     _, state = chat_rl.find_run([f"--model-tag={tmp_path / 'run'}", "--lora-rank=2"], tmp_path)
-    assert state["origin"]["source"] == str(tmp_path / "run" / "000007")
+    assert state["source"] == str(tmp_path / "run" / "000007")
     elsewhere = folder.rename(tmp_path / "starter")         # where no starter is to be made
-    assert chat_rl.find_run([f"--model-tag={elsewhere}"], tmp_path)[1]["origin"]["source"] == str(elsewhere)
+    assert chat_rl.find_run([f"--model-tag={elsewhere}"], tmp_path)[1]["source"] == str(elsewhere)
     assert not list(elsewhere.glob("model_*"))
 
 

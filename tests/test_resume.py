@@ -137,15 +137,16 @@ def test_full_disk(finished, whole, capfd):
 
 
 def test_flags_may_change(finished, capfd):
-    """Flags that are not given are the run's; those that are win, and are said in a line; a rank of adapters is refused. More
-    steps go on from the end, another step begins there, and what came after it is gone."""
+    """Flags that are not given are the run's; those that are win, and are said in a line; another task and a rank of adapters
+    are refused. More steps go on from the end, another step begins there, and what came after it is in previous/."""
     cut_back(finished, 11)
     plain = ["--model-tag=adder", "--resume"]
-    assert main(finished, *plain, "--lora-rank=3") == 2 and "--lora-rank" in capfd.readouterr().err
+    for flag in ("--lora-rank=3", "--task=gsm8k"):
+        assert main(finished, *plain, flag) == 2 and "--task and --lora-rank are a run's for good" in capfd.readouterr().err
     assert main(finished, *plain, "--matrix-lr=0.5", "--max-steps=14") == 0
     said = capfd.readouterr().out
     assert f"going on after 11 steps of {out(finished)}, begun from " in said
-    assert ".pt, with --model-tag=adder --matrix-lr=0.5 --max-steps=14\n" in said
+    assert ".pt, with --model-tag=adder --resume --matrix-lr=0.5 --max-steps=14\n" in said
     assert [line["step"] for line in metrics(finished) if "reward" in line] == list(range(14))
     assert gpt.checkpoint_steps(out(finished)) == list(range(1, 15))
     assert main(finished, *plain, "--max-steps=0") == 0 and "step 14/14" in capfd.readouterr().out       # evaluated again
@@ -153,7 +154,7 @@ def test_flags_may_change(finished, capfd):
     assert "step 13/13" in capfd.readouterr().out and gpt.checkpoint_steps(out(finished))[-1] == 13
     assert "greedy" in metrics(finished)[-1] and "reward" not in metrics(finished)[-1]      # the step that it took there is another's now
     later, = (finished / "chatrl_checkpoints" / "previous").iterdir()
-    assert {path.name for path in later.iterdir()} == {f"{kind}_000014.{end}" for kind, end in (("model", "pt"), ("meta", "json"), ("optim", "pt"))}
+    assert {path.name for path in later.iterdir()} == {"model_000014.pt", "meta_000014.json", "optim_000014.pt", "samples_000014.jsonl"}
     for step in (13, 14):               # the second time it is a repetition
         assert main(finished, *plain, "--model-step=13", "--eval-every=100") == 0
         assert f"going on after {step} steps of" in capfd.readouterr().out and [line["step"] for line in metrics(finished)][-2:] == [13, 14]
