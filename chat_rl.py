@@ -69,6 +69,7 @@ from gpt import GPT, Completion, Learner, Policy, Ranks, Tokenizer, UserError
 # Flags, kinds of model, tasks
 
 
+# Its types are looked up when the whole file is known: TASKS and GRADERS stand below.
 @pydantic.dataclasses.dataclass(config={"extra": "forbid"})
 class Flags:
     run: str = "dummy"                      # name of the W&B run (dummy: no W&B)
@@ -77,7 +78,7 @@ class Flags:
     device_type: Literal["", "cuda", "mps", "cpu"] = ""  # default: the first of these that is there
     dtype: Literal["", "bfloat16", "float32"] = ""  # of the arithmetic (default: bfloat16 where the GPU has it)
     model_tag: str = ""                     # nanochat tag such as d20, folder or hub name (default: the largest d<N>)
-    model_step: NonNegativeInt | None = None  # step of a nanochat's or a run's checkpoint (default: the last)
+    model_step: NonNegativeInt | None = None  # of a checkpoint, or of the run to resume (default: the last)
     chat_template: str = ""                 # file with a chat template to use instead of the model's (Hugging Face)
     chat_template_kwargs: str = "{}"        # variables of the chat template, as a JSON object (Hugging Face)
     lora_rank: NonNegativeInt = 0           # train adapters of this rank on the blocks' matrices (0: all weights)
@@ -108,7 +109,7 @@ class Flags:
     grad_clip: NonNegativeFloat = 0.0       # cut the gradient to this norm (0: off)
     embedding_lr: NonNegativeFloat = 0.2    # learning rate of the embeddings (Adam)
     unembedding_lr: NonNegativeFloat = 0.004  # learning rate of the unembedding (Adam)
-    matrix_lr: NonNegativeFloat = 0.02      # learning rate of the matrices (Muon in nanochat's models, else Adam)
+    matrix_lr: NonNegativeFloat = 0.02      # learning rate of the matrices (Muon; Adam in adapters, Llama and Qwen)
     weight_decay: NonNegativeFloat = 0.0    # of the embedding and the unembedding
     init_lr_frac: NonNegativeFloat = 0.05   # all rates start at this fraction
     lr_schedule: Literal["linear", "constant"] = "linear"  # of all rates: linear (to zero) or constant
@@ -205,7 +206,7 @@ class Example:
     index: int                              # its place in the data, which names its random numbers
     question: str                           # for people, and to find what is trained on and tested
     prompt: list[int]                       # the tokens that ask it, up to where the model goes on
-    opening: str                            # what of the reply they hold already
+    opening: str                            # what of the reply the prompt holds already, to be graded with the rest
     references: list[str]                   # what the data say: any of them may be matched
     grader: str                             # a row of GRADERS
 
@@ -252,7 +253,7 @@ def loss_of(logprobs: Tensor, sampled_logprobs: Tensor, advantages: Tensor, flag
 
 
 def lr_fraction(run: Run) -> float:
-    """Of the learning rates, at the run's step."""
+    """What all learning rates are multiplied by, at the run's step."""
     left = 1 - run.step / run.num_steps if run.flags.lr_schedule == "linear" else 1.0
     return run.flags.init_lr_frac * left
 
@@ -398,7 +399,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
         for batch in gpt.batched(rows, size):
             questions, completions, advantages = zip(*batch)
             prefixes = leaves.rows(torch.tensor(questions, device=model.device))
-            logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)
+            logprobs, owners = gpt.completion_logprobs(model, prefixes, completions, policy)  # (M,), of which row (M,)
             sampled_logprobs = numpy.concatenate([c.logprobs[c.sampled] for c in completions])
             sampled_logprobs = torch.tensor(sampled_logprobs, device=model.device)
             advantages = torch.tensor(advantages, device=model.device)
@@ -436,7 +437,7 @@ def learn(run: Run, learner: Learner, groups: list[Group], policy: Policy) -> di
     low, high = bounds_of(flags)
     return {
         "grad_norm": statistics.fmean(norms or [0.0]),
-        "updates_left_out": len(drifts) - len(norms),
+        "updates_left_out": len(drifts) - len(norms),  # by max_ratio
         "sampler_gap": abs(drifts[0]).mean() if drifts else 0.0,  # before any update
         "ratio_max": numpy.exp(abs(drift)).max(),
         "approx_kl": (ratio - 1 - drift).mean(),  # the k3 estimate (Schulman 2020)
@@ -908,7 +909,7 @@ def read_file(path: str) -> Iterable[dict]:
 
         return datasets.Dataset.from_parquet(path)
     text = Path(path).read_text("utf-8-sig")
-    if not text.lstrip().startswith("["):   # each line becomes a list with what stands in it
+    if not text.lstrip().startswith("["):   # each line becomes a list with what stands in it: [{…}], or []
         text = "[" + text.replace("\n", "]\n,[") + "]"
     # numbers as they are written, and NaN, pandas' way to say so, for nothing
     return itertools.chain(*json.loads(f"[{text}]", parse_float=Decimal, parse_constant=lambda name: None))

@@ -676,8 +676,8 @@ def prefix_of(model: GPT, prompts: list[list[int]]) -> Prefix:
 # The calculator, tokenizers and chat templates
 
 def calculate(expression: str) -> str | None:
-    """What nanochat's calculator says, decimals to ten significant digits, without a trailing `.0`; None where it has
-    nothing to say. It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
+    """What nanochat's calculator says, fractions to ten significant digits, 5.0 as 5; None where it has nothing to say.
+    It knows digits and `+ - * / // . ( )`, commas being removed, and 'text'.count('part')."""
     expression = expression.replace(",", "").strip()
     if counted := re.fullmatch(r"""(?a)\(?(['"])([\w .()]*)\1\.count\((['"])([\w .()]*)\3\)\)?""", expression):
         return str(counted[2].count(counted[4]))
@@ -690,9 +690,7 @@ def calculate(expression: str) -> str | None:
             return None
     except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return None
-    if isinstance(value, int):
-        return str(value)
-    return format(Decimal(f"{value:z.10g}"), "f")  # z: −0 is 0
+    return str(int(value)) if value == int(value) else format(Decimal(f"{value:.10g}"), "f")
 
 
 class Tokenizer:
@@ -1090,10 +1088,10 @@ def find_checkpoint(directory: Path, step: int | None) -> Path:
         return directory
     steps = checkpoint_steps(directory)
     if step is None:
-        step = max(steps, default="<N>")
+        step = max(steps, default="any")
     if step not in steps:
         raise UserError(
-            f"no model of step {step} in {directory}, but of {steps}: give a folder with model_<N>.pt and "
+            f"no model of step {step} in {directory} (there: {steps}): give a folder with model_<N>.pt and "
             "meta_<N>.json, or without --model-step one with config.json and model.safetensors (an adapter has to be "
             "merged into its base: PEFT's merge_and_unload)"
         )
@@ -1374,7 +1372,7 @@ class Learner:
         self.ranks = ranks
         self.shards = {}
         config = ranks.from_main(model and model.config)
-        theirs = model.state_dict() if model else {}
+        theirs = model.state_dict() if model else {}  # tensors that stay where they are
         self.model = (model or empty_model(config)).to_empty(device=ranks.device).to(dtype)
         if not rates:
             self.model.requires_grad_(False)
@@ -1394,7 +1392,7 @@ class Learner:
             state = {"masters": p.detach().float() if mine else None}  # in float32 the weights themselves
             state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
             self.shards[name] = Shard(p, recipe, owner, state)
-        self.load_state({"updates": 0, "masters": theirs})
+        self.load_state({"updates": 0, "masters": theirs} if model else {})
 
     @torch.no_grad()
     def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
@@ -1433,11 +1431,12 @@ class Learner:
 
     @torch.no_grad()
     def load_state(self, saved: dict) -> None:
-        """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0."""
+        """Takes up rank 0's, which another number of ranks may have saved; averages that it lacks are 0. Raises
+        KeyError where it lacks a parameter."""
         self.updates = self.ranks.from_main(saved.get("updates"))
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
-                shard.p.grad.copy_(saved.get(kind, {}).get(name, shard.p.grad.new_zeros(())))
+                shard.p.grad.copy_(saved[kind][name] if kind in saved else torch.zeros(()))
                 self.ranks.broadcast(shard.p.grad)
                 if x is not None:
                     x.copy_(shard.p.grad)

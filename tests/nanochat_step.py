@@ -29,7 +29,7 @@ def main(repo: Path, folder: Path, argv: list[str], base: Path, steps: int = 4) 
     flags, theirs = chat_rl.settle_flags([*argv, "--dtype=float32"], "nanochat"), Counter(begun=time.perf_counter())
     (model, tokenizer), records, size = gpt.load_checkpoint(folder), chat_rl.load_records(flags.data), flags.examples_per_step
     examples = chat_rl.load_examples(flags, tokenizer, 2048, flags.data, "train")
-    run = chat_rl.Run(flags, examples, {}, tokenizer, base, len(examples) // size, {}, 0)
+    run = chat_rl.Run(flags, examples, {}, tokenizer, base, len(examples) // size, "", "", 0)
     learner = chat_rl.make_learner(run, model, {}, gpt.Ranks(torch.device("cpu")))
     chat_rl.questions_of_step = lambda run: examples[run.step * size:][:size]             # nanochat's order
     chat_rl.Group.learnable = lambda it: [x for x in zip(it.completions, it.advantages) if x[1] or run.step == steps - 1]

@@ -167,7 +167,7 @@ def world(tokenizer, monkeypatch):
         given = dict(seed=1, examples_per_step=8, num_samples=4, max_new_tokens=10, device_batch_size=3, temperature=0.9, top_k=20,
                      init_lr_frac=0.1)
         examples = [example(i, tokenizer.render(chat(text)), "sometimes") for i, text in enumerate(QUESTIONS)]
-        run = Run(Flags(**{**given, **flags}), examples, {}, tokenizer, Path(), 10, {}, 0)
+        run = Run(Flags(**{**given, **flags}), examples, {}, tokenizer, Path(), 10, "", "", 0)
         return run, cpu_learner(tiny_model())
 
     return make

@@ -148,6 +148,10 @@ def test_masters_remember_what_bfloat16_forgets():
         learner.update(1.0)
     assert distance(weights_of(learner.model), start - 200e-5) < 2e-3
     assert {p.grad.dtype for p in learner.model.parameters()} == {torch.float32}
+    state = learner.save_state()
+    del state["masters"]["transformer.wte.weight"]
+    with pytest.raises(KeyError, match="wte"):              # what is missing is not zeros
+        learner.load_state(state)
 
 
 def test_an_evaluation_holds_the_weights_alone():
