@@ -1039,7 +1039,7 @@ def say(text: str) -> None:
     """Prints, past all buffers: a terminal that is gone, or a full disk behind it, is not worth the run."""
     if sys.stdout:
         with suppress(OSError):
-            os.write(sys.stdout.fileno(), f"{text}\n".encode())
+            os.write(1, f"{text}\n".encode())
 
 
 def progress_bar(total: int, title: str, unit: str, rank: int = 0) -> tqdm:
