@@ -1356,7 +1356,7 @@ def open_folder(run: Run, stack: ExitStack) -> None:
             if not run.step or of_step and int(of_step[1]) > run.step:
                 os.renames(path, place / path.name)
         if place.exists():
-            say(f"what {out} held is now in {place}")
+            say(f"files that were in {out} are now in {place}")
         about = {"flags": asdict(run.flags), "source": run.source, "torch": torch.__version__}
         gpt.write_file(out / "run.json", json.dumps(about, indent=2).encode())
         for name, text in scripts:
