@@ -1417,7 +1417,7 @@ class Learner:
     @torch.no_grad()
     def save_state(self) -> dict:
         """On rank 0 what a run goes on from: the number of updates, and by the names of parameters float32 masters and
-        averages, in host memory. The gradients are lost."""
+        averages, in host memory. Overwrites the gradients."""
         saved = {"updates": self.updates}
         for name, shard in self.shards.items():
             for kind, x in shard.state.items():
@@ -1426,7 +1426,6 @@ class Learner:
                 self.ranks.broadcast(shard.p.grad, shard.owner)
                 if self.ranks.rank == 0:
                     saved.setdefault(kind, {})[name] = shard.p.grad.to("cpu", copy=True)
-            shard.p.grad.zero_()
         return saved
 
     @torch.no_grad()
@@ -1442,4 +1441,3 @@ class Learner:
                     x.copy_(shard.p.grad)
                 if kind == "masters":
                     shard.p.copy_(shard.p.grad)
-            shard.p.grad.zero_()

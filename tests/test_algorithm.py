@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Iterator
 
+import numpy
 import pytest
 import torch
 from conftest import (chat, completion, cpu_learner, distance, example, generate, gradient_of, group_of, policy_of, state_of,
@@ -260,6 +261,8 @@ def test_every_group_with_an_advantage_is_in_one_minibatch():
         assert max(map(len, names)) - min(map(len, names)) <= 1
     dealt = {str(minibatches(groups, step, updates_per_rollout=3, seed=seed)) for seed in range(3) for step in range(3)}
     assert len(dealt) == 9
+    order = numpy.random.default_rng((7, 2, 3)).permutation(4)          # seed, what for, step
+    assert minibatches(groups_of([True] * 4), updates_per_rollout=4, seed=7) == [[i] for i in order]
 
 
 def test_nothing_right_moves_nothing(world, recorded, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,10 +124,11 @@ def test_config_defaults():
     assert config_of(**harmless) == config_of()
     config = config_of(rope_theta=500000, rope_scaling=SCALING)
     assert (config.rope_base, config.rope_scaling) == (5e5, (8.0, 1.0, 4.0, 64))
+    assert config_of(rope_theta=5e5, rope_scaling=SCALING, original_max_position_embeddings=99) == config
     old = {("type" if key == "rope_type" else key): value for key, value in SCALING.items()}
     assert config_of(rope_theta=5e5, rope_scaling=old) == config
     assert config_of(rope_parameters={**SCALING, "rope_theta": 5e5}) == config
-    plain = config_of(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    plain = config_of(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "factor": 8.0})
     assert (plain.rope_base, plain.rope_scaling) == (1e6, ())
 
 
@@ -271,6 +273,12 @@ def test_adapters_name_the_step_that_they_adapt(folder, tmp_path):
     gpt.save_checkpoint(tmp_path / "run", 7, model, model.state_dict(), tokenizer)
     _, state = chat_rl.find_run([f"--model-tag={tmp_path / 'run'}", "--lora-rank=2"], tmp_path)
     assert state["source"] == str(tmp_path / "run" / "000007")
+    adapted, _ = gpt.load_checkpoint(folder, lora_rank=2)
+    learner = gpt.Learner(adapted, gpt.Ranks(torch.device("cpu")), torch.float32, chat_rl.Flags())
+    run = SimpleNamespace(out=tmp_path / "out", step=1, tokenizer=tokenizer, flags=chat_rl.Flags(), wandb_id="", source="the base")
+    chat_rl.save(run, learner)
+    about = json.loads((run.out / "000001" / "adapter" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == "the base"
     elsewhere = folder.rename(tmp_path / "starter")         # where no starter is to be made
     assert chat_rl.find_run([f"--model-tag={elsewhere}"], tmp_path)[1]["source"] == str(elsewhere)
     assert not list(elsewhere.glob("model_*"))

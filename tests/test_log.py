@@ -314,13 +314,16 @@ def test_weights_after_each_step(whole, rollouts):
 
 def test_bfloat16_learns_in_float32(base):
     """In bfloat16 what a run's last evaluation sampled is what its checkpoint samples, and small steps add up in the masters."""
-    flags = [*FLAGS, "--run=dummy", "--dtype=bfloat16", "--eval-every=9", "--init-lr-frac=1"]
+    flags = [*FLAGS, "--run=dummy", "--dtype=bfloat16", "--eval-every=9", "--init-lr-frac=1", "--eval-examples=0"]
     assert main(base, *flags) == 0
     state = torch.load(out(base) / "optim_000002.pt", weights_only=True)
     assert {x.dtype for name in ("masters", "exp_avg", "exp_avg_sq") for x in state[name].values()} == {torch.float32}
+    saved = torch.load(out(base) / "model_000002.pt", weights_only=True)
+    assert all(torch.equal(saved[name], x.to(saved[name].dtype)) for name, x in state["masters"].items())
     assert not any(torch.equal(x, x.bfloat16().float()) for x in state["masters"].values() if x.ndim == 2)
     assert main(base, *flags, f"--model-tag={out(base)}", "--max-steps=0") == 0
     assert samples(base, 0, "evaluations/adder") == samples(base, 2) != samples(base, 0)
+    assert len(samples(base, 2)) == len(TEST)
 
 
 # W&B
@@ -409,3 +412,12 @@ def test_a_signal_in_an_evaluation_begins_no_step(base, monkeypatch, capfd, numb
     signal.signal(number, kept)
     assert (out(base) / "metrics.jsonl").exists() == (not status)
     assert ("interrupted after 0 of 2 steps" in capfd.readouterr().out) == bool(status)
+
+
+def test_seconds_left():
+    """Of the steps left, each as long as the mean of the last ten, and of the evaluations left, the last step's too."""
+    log = object.__new__(chat_rl.Log)
+    log.lines = {i: {"rollout_seconds": 1.0 if i > 4 else 9.0, "update_seconds": 2.0, "evaluation_seconds": 7.0} for i in range(15)}
+    for step, evaluations in ((14, 3), (15, 2), (23, 1)):
+        run = SimpleNamespace(num_steps=24, step=step, flags=SimpleNamespace(eval_every=5))
+        assert log.seconds_left(run) == (23 - step) * 3 + evaluations * 7

@@ -66,6 +66,7 @@ def test_cache_with_groups_and_dropped_rows(generation):
                 torch.testing.assert_close(mine, model(torch.tensor([row]), gpt.Cache())[0, -size:], rtol=0, atol=2e-5)
             kept = numpy.delete(numpy.arange(len(rows)), drop)
             cache.select(kept)
+            assert cache.num_samples == numpy.bincount(cache.groups).max()      # no room for who is gone
             rows = [rows[i] for i in kept]
         assert len(rows) == 1
 

@@ -192,12 +192,16 @@ def test_the_starter_and_adapters_go_on(base, tmp_path, rank):
 def test_a_way_back_is_gone_from_its_beginning(finished, monkeypatch):
     """Also where a signal ends it before its first step: what it left is in previous/, whole, and it goes on from there."""
     before = {path.name: path.stat().st_mtime_ns for path in out(finished).glob("*_0*.pt")}
+    later = ["000012", "000012.part", "model_000012.pt.part"]    # a step in Hugging Face's format, what kills left
+    for name in later:
+        (out(finished) / name).mkdir()
     monkeypatch.setitem(chat_rl.GRADERS, "exact", lambda reference, text: float(os.kill(os.getpid(), signal.SIGTERM) or 0))
     for flags in (["--model-step=11", "--save-every=5"], []):
         assert main(finished, "--model-tag=adder", "--resume", *flags) == 128 + signal.SIGTERM
         assert gpt.checkpoint_steps(out(finished))[-1] == 11
     places = [out(finished), *(finished / "chatrl_checkpoints" / "previous").iterdir()]
     assert {path.name: path.stat().st_mtime_ns for place in places for path in place.glob("*_0*.pt")} == before and len(places) == 2
+    assert all((places[1] / name).exists() and not (out(finished) / name).exists() for name in later)
 
 
 def test_an_evaluation_that_is_made_again_is_another(finished):
@@ -227,6 +231,7 @@ def test_damaged_and_hostile_states_are_passed_over(finished, tmp_path, capfd):
     torch.save({"masters": bad}, zipped)
     for content in (data[:-100], b"", flipped, pickle.dumps(bad), zipped.getvalue()):
         states[1].write_bytes(content)
+        (out(finished) / "model_000012.pt").write_bytes(content)
         assert main(finished, *RUN, "--resume", "--max-steps=11") == 0
         said = capfd.readouterr().out
         assert f"passing over {states[1]}" in said and "step 11/11" in said and not bad.path.exists()
@@ -243,13 +248,13 @@ def test_damaged_and_hostile_states_are_passed_over(finished, tmp_path, capfd):
 def test_steps_that_are_not_finite(base, trouble, pictures):
     """One is left out and said, and the run goes on; five in a row end it with status 1, with what was good saved."""
     flags = [*RUN, "--eval-every=100"]
-    said = run(base, *flags, script=trouble, KIND="nan", STEPS="4 6").stdout
-    assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == ["4/12", "6/12"]
+    said = run(base, *flags, script=trouble, KIND="nan", STEPS="2 4 6 8 10").stdout
+    assert [line.split()[1] for line in said.splitlines() if "not finite" in line] == [f"{step}/12" for step in (2, 4, 6, 8, 10)]
     for before, after, same in ((4, 5, True), (5, 6, False), (6, 7, True)):
         one, two = weights(base, before), weights(base, after)
         assert all(torch.equal(one[key], two[key]) for key in one) == same
     assert all(tensor.isfinite().all() for tensor in weights(base, STEPS).values())
-    assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (4, 6) for step in range(STEPS)]
+    assert [line["grad_norm"] is None for line in metrics(base) if "grad_norm" in line] == [step in (2, 4, 6, 8, 10) for step in range(STEPS)]
     assert_readable(base)
     done = run(base, *flags, "--save-every=2", script=trouble, status=1, KIND="inf", STEPS="1 2 3 4 5 6 7")
     one_line(done.stderr, "not finite", "--resume")

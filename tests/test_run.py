@@ -294,3 +294,5 @@ def test_the_source_is_seen_through_links(base, capfd):
     (base / "disk").mkdir(), (base / "chatrl_checkpoints").symlink_to(base / "disk")
     assert main(base, *SMALL, "--max-steps=1") == 0
     assert "give it another --name" in refusal(base, capfd, *SMALL, f"--model-tag={out(base)}")     # which it would move
+    (base / "chatsft_checkpoints" / "mine").symlink_to(out(base))
+    assert "give it another --name" in refusal(base, capfd, *SMALL, "--model-tag=mine", "--name=adder")
