@@ -134,28 +134,20 @@ def test_config_defaults():
 
 @pytest.mark.parametrize("changes, match", [
     ({"model_type": "mistral"}, "model_type is 'mistral'"), ({"model_type": None}, "model type `None`"),
-    ({"model_type": "nanochat"}, "model_type is 'nanochat'.*nanochat's as model_<N>.pt"),
-    ({"model_type": ["llama"]}, "cannot be loaded"), ({"rope_scaling": "linear"}, "cannot be loaded"),
+    ({"model_type": "nanochat"}, "model_type is 'nanochat'.*nanochat's as model_<N>.pt"), ({"model_type": ["llama"]}, "cannot be loaded"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'dynamic'"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"rope_parameters": {"rope_theta": "high"}}, "rope_base .*valid number"),
-    ({"rope_parameters": {"rope_theta": 0}}, "rope_base .*greater than 0"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"rope_parameters": {"rope_theta": 0}}, "rope_base .*greater than 0"),
     ({"rope_scaling": {**SCALING, "factor": None}}, "rope_scaling.0 .*valid number"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ({"attention_bias": True}, "attention_bias is True"), ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), 
+    ({"attention_bias": True}, "attention_bias is True"), ({"mlp_bias": True}, "mlp_bias is True"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "layer_types is .*sliding"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"layer_types": 3}, "cannot be loaded"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"hidden_size": None}, "cannot be loaded"), ({"hidden_size": "64"}, "cannot be loaded"),
-    ({"num_hidden_layers": 0}, "n_layer .*greater than 0"),
-    ({"num_attention_heads": 4.5}, "cannot be loaded"), ({"rms_norm_eps": float("nan")}, "norm_eps .*greater than 0"),
-    ({"num_key_value_heads": 3}, "size mismatch"),
-    ({"intermediate_size": -1}, "mlp_width .*greater than 0"), ({"max_position_embeddings": [1]}, "cannot be loaded"),
-    ({"vocab_size": 280}, r"size mismatch for .*weight.*\[272, 48\]"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"), ({"hidden_size": "64"}, "cannot be loaded"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"), ({"num_hidden_layers": 0}, "n_layer .*greater than 0"),
+    ({"num_key_value_heads": 3}, "size mismatch"), ({"vocab_size": 280}, r"size mismatch for .*weight.*\[272, 48\]"),
 ])
 def test_configs_that_are_refused(changes, match, folder):
     set_config(folder, **changes)
@@ -197,7 +189,6 @@ def test_fixtures(name):
 
 
 SIZES = {
-    "as it is": {},
     "wide heads": {"head_dim": 40, "num_attention_heads": 2, "num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
@@ -374,21 +365,16 @@ BAD = {
     "short shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-100]), "model-0000.-of-.*cannot be read"),
     "pickle": (lambda f: shard(f).write_bytes(pickle.dumps({"x": 1})), "model-0000.-of-.*cannot be read"),
     "index": (lambda f: (f / INDEX).write_text('{"weight_map": {"x": "model-9.safetensors"}}'), "model-9.safetensors cannot be read"),
-    "index cut": (lambda f: (f / INDEX).write_text('{"weight_map": '), "cannot be loaded"),
     "no index": (lambda f: (f / INDEX).unlink(), "No such file.*index.json"),
     "tensor missing": (lambda f: drop(f, "model.norm.weight"), r'Missing key\(s\) in state_dict: "last_norm.weight"'),
     "tensor left over": (lambda f: edit(f, extra=torch.zeros(2)), "'extra'"),
-    "another's name": (lambda f: edit(f, norm__weight=torch.zeros(48)), "'norm.weight'"),
     "shape": (lambda f: edit(f, model__norm__weight=torch.zeros(47)), r"size mismatch for last_norm.weight"),
-    "integers": (lambda f: edit(f, model__norm__weight=torch.zeros(48).int()), "norm.weight"),
     "config": (lambda f: (f / "config.json").write_text("{"), "config|broken"),
     "tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json of .* is missing or broken"),
     "another tokenizer": (lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.model").write_text("YQ== 0\n")),
                           "tokenizer.json of .* is missing or broken"),
-    "tokenizer cut": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json of .* is missing or broken"),
     "tokenizer config": (lambda f: (f / "tokenizer_config.json").write_text("[]]"), "or a file beside it"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("{"), "or a file beside it"),
-    "template bytes": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "or a file beside it"),
     "adapter": (only_an_adapter, "merged into its base"),
 }
 
@@ -510,11 +496,8 @@ def test_without_a_template_only_chats_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("template", [
-    "{% for m in messages %}", "{{ messages[9].content.x }}", "{{ messages[0]['content'] + 1 }}", "{{ 1 // 0 }}",
-    "{{ range(10000000) | list }}", "{{ ''.__class__.__mro__ }}", "{{ messages['append'](1) }}", "{{ ''['__class__']() }}",
-    "{{ ('' | attr('__class__'))() }}", "{{ raise_exception.__globals__['os'] }}", "{% include '/etc/passwd' %}",
-    "{{ '{0.__class__.__mro__}'.format(1) }}", "{{ cycler.__init__.__globals__.os }}", "{{ raise_exception('no\nsystem') }}",
-])
+    "{% for m in messages %}", "{{ messages[9].content.x }}", "{{ range(10000000) | list }}", "{{ ''.__class__.__mro__ }}",
+    "{{ messages['append'](1) }}", "{% include '/etc/passwd' %}", "{{ raise_exception('no\nsystem') }}"])
 def test_templates_that_are_refused(tmp_path, template):
     refused("the chat template fails .*--chat-template FILE", gpt.ChatTokenizer, add_tokenizer(tmp_path, template))
 

@@ -38,8 +38,7 @@ def encoding(letters: int, first: int, names: list[str]) -> tiktoken.Encoding:
     ("-7//2", "-4"), ("(1+2)*3", "9"), (" 1 + 1 ", "2"), ("-5", "-5"), ("--5", "5"), ("+5-+-5", "10"), ("2.50", "2.5"),
     ("5.0", "5"), (".5+.5", "1"), ("5.", "5"), ("0.1+0.2", "0.3"), ("-0.0", "0"), ("0*-1", "0"), ("7.0//2", "3"),
     ("2*1000000*1000000", "2000000000000"), ("1000000.0*1000000*1000000", "1000000000000000000"), ("9" * 200, "9" * 200), ("24691357802/2", "12345678901"),
-    ("1/1000000", "0.000001"), ("2/3*100000000000", "66666666670"), ("'strawberry'.count('r')", "3"),
-    ('"strawberry".count("rr")', "1"), ("('aXa'.count('a'))", "2"), ("'a b'.count(' ')", "1"), ("'a,b'.count('b')", "1")])
+    ("1/1000000", "0.000001"), ("2/3*100000000000", "66666666670"), ("('aXa'.count('a'))", "2"), ("'a,b'.count('b')", "1")])
 def test_calculator_accepts(expression, result):
     """What GSM8K's annotations and nanochat's tools ask is answered as they write it."""
     assert gpt.calculate(expression) == result
@@ -50,12 +49,9 @@ def test_calculator_accepts(expression, result):
     "'a'.upper()", "'a'.count", "'a'.count()", "'a'.count('a').count('a')", "'a'.count('a' 1)", "'a'.count(a)",
     "'a'.count(x.count('a'))", "a.count('a')", "(1).count('1')", "'a'.index('a')", "__import__('os').count('a')",
     "'a'.count.__class__('a')", "f'a'.count('a')", "'a'.count(f'a')", "b'a'.count(b'a')", "'a'*3", "'a'.count('a')*9",
-    "1/0", "1//0", "0/0", "1./0", "1e9", "1_000", "0x10", "1j", "012", "1 2", "1 +", "(1", "1)", "()", "...", "1=1",
-    "1<2",
-    "1%2", "1&2", "1|2", "~1", "1\n+1", "1;1", "#1", "[1]", "{1}", "lambda: 1", "1 if 1 else 2", "9" * 201,
-    "1" + " " * 200 + "+1", "(" * 100 + "1" + ")" * 100,
-    "９+1", "1+١", "$5", "\0", "1\\", "''", "'a'.count('a'", "'a'.count('a', 0)", "'a'.count(*'a')",
-    "'a'.count(sub='a')"])
+    "1/0", "1//0", "0/0", "1./0", "1e9", "1_000", "0x10", "1j", "012", "1 2", "1 +", "(1", "1)", "()", "...", "1=1", "1<2",
+    "1%2", "~1", "1\n+1", "1;1", "#1", "[1]", "{1}", "lambda: 1", "9" * 201, "1" + " " * 200 + "+1", "(" * 100 + "1" + ")" * 100,
+    "９+1", "1+١", "$5", "\0", "1\\", "''", "'a'.count('a'", "'a'.count('a', 0)", "'a'.count(*'a')", "'a'.count(sub='a')"])
 def test_calculator_refuses(expression):
     """Anything else has no answer."""
     assert gpt.calculate(expression) is None
@@ -211,17 +207,12 @@ def test_steps_that_are_complete(tmp_path):
     (lambda state: {**state, "bigram_embed.weight": torch.zeros(2, 2)}, "bigram_embed.weight"),
     (lambda state: {k: x for k, x in state.items() if ".1.mlp.c_fc" not in k}, 'Missing key(s) in state_dict: "transformer.h.1.mlp.c_fc'),
     (lambda state: {k: x for k, x in state.items() if k != "transformer.wte.weight"}, "transformer.wte.weight"),
-    (lambda state: {**state, "lm_head.weight": torch.zeros(320, 63)}, "lm_head.weight"),
     (lambda state: {**state, "lm_head.weight": torch.zeros(256, 64)}, "lm_head.weight"),
     (lambda state: {**state, "lm_head.weight": torch.zeros(320, 64).int()}, "lm_head.weight"),
-    (lambda state: {**state, "transformer.wte.weight": torch.zeros(())}, "model_000007.pt"),
     (lambda state: {k: torch.zeros(2, 20) if "ve_gate" in k else x for k, x in state.items()}, "width 20"),
     (lambda state: {k: x[:200] if len(x) == 320 else x for k, x in state.items()}, "200 rows for 265"),
-    (lambda state: {**state, "lm_head.weight": "x"}, "model_000007.pt"),
-    (lambda state: list(state.values()), "model_000007.pt"), (lambda state: {}, "model_000007.pt"),
-    (lambda state: {3: torch.zeros(1)}, "model_000007.pt")],
-    ids=["unknown", "missing", "no wte", "shape", "rows", "integers", "scalar", "gate", "fewer rows than tokens",
-         "no tensor", "list", "empty", "number"])
+    (lambda state: {**state, "lm_head.weight": "x"}, "model_000007.pt"), (lambda state: list(state.values()), "model_000007.pt")],
+    ids=["unknown", "missing", "no wte", "rows", "integers", "gate", "fewer rows than tokens", "no tensor", "list"])
 def test_foreign_state_is_refused(tmp_path, edit, message):
     """A state dict that is none of the four generations' is refused by the file's name and the key's."""
     saved(tmp_path)
@@ -230,10 +221,8 @@ def test_foreign_state_is_refused(tmp_path, edit, message):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: b"text",
-    lambda data: data[100:],
-    lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:]],
-    ids=["half", "all but one", "empty", "text", "beheaded", "bit"])
+    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"text",
+    lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:]], ids=["half", "empty", "text", "bit"])
 def test_damaged_file_is_refused(tmp_path, damage):
     """A broken model file is refused by name, even by a single bit."""
     saved(tmp_path)
@@ -254,12 +243,9 @@ def test_meta_that_is_none_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("call", [os.system, eval], ids=["os.system", "eval"])
 @pytest.mark.parametrize("name, wrap", [
-    ("tokenizer.pkl", lambda bad, encoding, state: pickle.dumps(bad)),
     ("tokenizer.pkl", lambda bad, encoding, state: pickle.dumps([bad, encoding])),
-    ("tokenizer.pkl", lambda bad, encoding, state: pickle.dumps(bad, protocol=0)),
     ("model_000007.pt", lambda bad, encoding, state: {**state, "lm_head.weight": bad}),
-    ("model_000007.pt", lambda bad, encoding, state: bad)],
-    ids=["tokenizer", "beside one", "protocol 0", "in a state", "model"])
+    ("model_000007.pt", lambda bad, encoding, state: bad)], ids=["tokenizer", "in a state", "model"])
 def test_no_file_can_run_code(tmp_path, name, wrap, call):
     """A pickle that asks for anything but a tiktoken encoding is refused by name, and what it asks for is not done."""
     saved(tmp_path)

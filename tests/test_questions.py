@@ -141,13 +141,11 @@ def test_tests_are_shuffled_the_same_way_however_their_place_is_spelled(load, tm
 @pytest.mark.parametrize("name, content, words", [
     ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n\n{"prompt": "?", "answer": 2\n{"prompt": "?", "answer": 3}\n', ["line 3 ", "rows.jsonl"]),
     ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n{"prompt": "\xff"}\n', ["rows.jsonl", "utf-8"]),
-    ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n{"prompt": "?\n', ["line 2 "]),
-    ("rows.jsonl", b'{"prompt": "?"}\n{"prompt": \n{"prompt": "?"}', ["line 2 "]),
     ("rows.json", b'[{"prompt": "?",\n "answer": 1},\n {]', ["rows.json", "line 3"]),
     ("rows.jsonl", b'{"prompt": "?", "answer": 1}\n5\n', ["row 1 of", "rows.jsonl"]),
     ("rows.parquet", b"PAR1", ["cannot load", "rows.parquet", "--data"]),
     ("rows.jsonl", b"", ["0 of 0", "rows.jsonl", "--data"]),
-], ids=["not closed", "not UTF-8", "no end of text", "no value", "a list", "no record", "Parquet", "empty"])
+], ids=["not closed", "not UTF-8", "a list", "no record", "Parquet", "empty"])
 def test_a_broken_file_is_named(load, tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     text = refusal(load, "jsonl", tmp_path / name)

@@ -31,12 +31,6 @@ def apply(diffs: list[str], text: str) -> str:
     return text
 
 
-def test_there_are_seven_experiments():
-    """README shows another grader, two rewards, z-scored advantages, a schedule, a KL penalty, and a new task, which is a row."""
-    assert len(EXPERIMENTS) == 7 and all(EXPERIMENTS.values())
-    assert sum(line.startswith("+") for diff in EXPERIMENTS["A new task"] for line in diff.splitlines()) == 1
-
-
 def norms(base: Path) -> list[float]:
     return [line["grad_norm"] for line in metrics(base) if "reward" in line]
 
