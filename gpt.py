@@ -29,13 +29,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import huggingface_hub
 import numpy
-import pydantic
 import safetensors.torch
 import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
@@ -322,31 +320,31 @@ class Cache:
 # The model
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
+@dataclass(frozen=True)
 class Config:
     """An architecture. The defaults are the plain Llama decoder; a family is a few keywords over them."""
 
-    vocab_size: PositiveInt                 # ids that can be sampled
-    vocab_rows: PositiveInt                 # height of the embedding and unembedding tables
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_kv_head: PositiveInt
-    n_embd: PositiveInt
-    head_dim: PositiveInt
-    mlp_width: PositiveInt
-    max_positions: PositiveInt              # of a question and its completion
+    vocab_size: int                         # ids that can be sampled
+    vocab_rows: int                         # height of the embedding and unembedding tables
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int                      # of a question and its completion
     tied: bool = False                      # the embedding is the unembedding too
     norm_weights: bool = True
-    norm_eps: PositiveFloat | None = 1e-6   # None: torch's own, of the type
+    norm_eps: float | None = 1e-6           # None: torch's own, of the type
     embed_norm: bool = False                # a norm after the embedding
     gated_mlp: bool = True                  # SwiGLU; else relu²
     qkv_bias: bool = False
     qk_norm: str = ""                       # of q and k, "before" or "after" RoPE
     qk_scale: float = 1.0                   # q and k are multiplied by this
-    rope_base: PositiveFloat = 1e4
+    rope_base: float = 1e4
     rope_sign: int = 1                      # direction in which RoPE turns
     rope_rounded: bool = False              # cos and sin are rounded to bfloat16 in float32 runs too
-    rope_scaling: tuple[PositiveFloat, ...] = ()  # Llama 3.1's: factor, low and high frequency factor, first positions
+    rope_scaling: tuple[float, ...] = ()    # Llama 3.1's: factor, low and high frequency factor, first positions
     softcap: float = 0.0                    # of the logits: s·tanh(x / s)
     windows: tuple[int, ...] = ()           # how far back each layer sees (empty: all the way)
     value_gate: int = 0                     # channels that gate value embeddings, in every other layer, the last too;
