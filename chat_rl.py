@@ -394,7 +394,7 @@ def backward(model: GPT, groups: list[Group], policy: Policy, flags: Flags) -> T
     for part in gpt.batched(groups, size):
         prefix = gpt.prefix_of(model, [group.example.prompt for group in part])
         leaves = prefix.leaves()
-        rows = [(i, *lesson) for i, group in enumerate(part) for lesson in group.learnable()]
+        rows = [(i, c, advantage) for i, group in enumerate(part) for c, advantage in group.learnable()]
         rows.sort(key=lambda row: len(row[1].tokens))
         for batch in gpt.batched(rows, size):
             questions, completions, advantages = zip(*batch)

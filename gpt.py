@@ -1390,7 +1390,7 @@ class Learner:
             state = {"masters": p.detach().float() if mine else None}  # in float32 the weights themselves
             state |= {kind: torch.zeros_like(p.grad) if mine else None for kind in averages}
             self.shards[name] = Shard(p, recipe, owner, state)
-        self.load_state({"updates": 0, "masters": theirs} if model else {})
+        self.load_state({"updates": 0, "masters": theirs} if model else {})  # as any later state
 
     @torch.no_grad()
     def update(self, num_tokens: float, fraction: float = 1.0, clip: float = 0.0) -> float:
