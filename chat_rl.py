@@ -603,6 +603,8 @@ FORMS = re.findall(RULE, r"""
     (\\\\)\[[\d.]+[a-z]+\]                                                          → \1
     \\(?:text)?color\s*\{[^{}]*\}                                                   →
     \\(?:text|math|[hm]box|boldsymbol|bm|emph|underline)(?:rm|bf|it|sf|tt|up|normal)?\s*\{ → \\text{
+    (?:^|\\text\{)\s*(?:[Oo]ption|[Cc]hoice)\s*(?:\\text\{)?\(?([A-Z])\)?[\s}]*$    → \\text{\1}
+    \bUS\s*(?=\\?\$|dollar)                                                         →
     # commas between thousands, delimiters, fonts, Markdown's bold
     (?<![_^]\d)(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))              →
     \\(?:left|right)\b\.?|\\!\s*|(?<!\\)\\[()\[\]]|(?<!\\)\$                        →
@@ -666,7 +668,8 @@ MEASURED = re.compile(
         | (?!.*\b(?: hundred|thousand|\w*illion|lakh|crore|dozen|hal[fv]|third|quarter
                    | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|plus|minus|negative
                    | (?:times|more)(?=\W+\w) | less|over|wrong
-                   | (?:is|not|but|or|only|point|score|grand|tens|below)\b))
+                   | (?:is|not|but|or|only|point|score|grand|tens|below|double|triple|twice)\b
+                   | (?:one|two|three|four|five|six|seven|eight|nine|ten)\W*$))
           (?: (?:(?<=.)\\text\{[a-zA-Z\s./₠-₿-]+\} (?:\s*\^\s*\{?-?\d\}?)? (?:\s*(?:\\cdot|/)\s*(?=\\text))? \s*)+
             | (?<=[\d)}\s])
               (?:[cmkdn]?m(?=\^)|[cmkdn]m|[mk]g|m[ls]|ft|in|yd|mi|lbs?|oz|hrs?|min|sec|mph|am|pm|AM|PM|USD|km/h|m/s)
@@ -674,13 +677,15 @@ MEASURED = re.compile(
           ) (?:\s*\^\s*\{?-?\d\}?)?
     )?)"""
 )
-# What is compared as words: text, derivatives, cases, dots, primes, a:b:c, dates, two times, two letters, a set and a
-# pair, and mere letters.
+# What is compared as words: text, derivatives, cases, dots, primes, a:b:c, dates, two times, two letters, a pair and what
+# stands in other brackets, a list and an inequality, congruences, intervals that hold infinity, and mere letters.
 PROSE = re.compile(
     r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\frac\{d | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | '
     | :.*: | \d/\d+/\d
     | ^\d+:\d\d\n\d+:\d\d$ | ^[a-zA-Z]\n[a-zA-Z]$ | ^(?:no|[IVX]{2,})$
-    | ^\([^()]*\)\n\\\{[^()<>]*$ | ^\\\{[^()<>]*\n\([^()]*\)$
+    | ^\([^()]*\)\n(?:\\\{[^()<>]*|\[[^][,]*,[^][,]*\])$ | ^(?:\\\{[^()<>]*|\[[^][,]*,[^][,]*\])\n\([^()]*\)$
+    | ^(?!.*(?:[][()<>]|\\[lg]e)).*,.*\n.*(?:[<>]|\\[lg]e) | ^.*(?:[<>]|\\[lg]e).*\n(?!.*(?:[][()<>]|\\[lg]e)).*,
+    | \\equiv | \\infty\s*\] | \[\s*-\s*\\infty
     | ^(?=.*(?<![a-zA-Z\d\\])[a-zA-Z]{3})(?:\\angle|\\triangle|[\w\s.,;:'()&-])+$
     """
 )
