@@ -411,7 +411,7 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def huggingface_config(raw: dict, vocab_size: int) -> Config:
     """The architecture that transformers reads in a config.json, for a tokenizer with so many ids. Raises ValueError,
     naming the field, on whatever would be run wrong."""
-    raw = raw | raw.get("rope_parameters", {}) | {"layer_types": {*raw.get("layer_types", ["full_attention"])}}
+    raw = raw | raw.get("rope_parameters", {}) | {"layer_types": {*(raw.get("layer_types") or ["full_attention"])}}
     for name, known in KNOWN.items():
         if raw.get(name) not in known:
             raise ValueError(f"config.json: {name} is {raw.get(name)!r}; known here: {known}")
