@@ -597,7 +597,8 @@ UNICODE = re.findall(RULE, r"""
     \u200b                                  →
 """)
 FORMS = re.findall(RULE, r"""
-    # matrices, colours, all that is text
+    # a box within a sentence; matrices, colours, all that is text
+    ^(?!.*\bnot\b)(?:[a-zA-Z]{2,}[\s:]+|[\s$*])*\\boxed\s*\{(.*)\}[\s$*.]*$         → \1
     (?:\\left)?[(\[]\s*\\begin\{array\}\{[^{}]*\}                                   → \\begin{pmatrix}
     \\end\{array\}\s*(?:\\right)?[)\]]                                              → \\end{pmatrix}
     (\\\\)\[[\d.]+[a-z]+\]                                                          → \1
@@ -605,6 +606,7 @@ FORMS = re.findall(RULE, r"""
     \\(?:text|math|[hm]box|boldsymbol|bm|emph|underline)(?:rm|bf|it|sf|tt|up|normal)?\s*\{ → \\text{
     (?:^|\\text\{)\s*(?:[Oo]ption|[Cc]hoice)\s*(?:\\text\{)?\(?([A-Z])\)?[\s}]*$    → \\text{\1}
     \bUS\s*(?=\\?\$|dollar)                                                         →
+    ^\\text\{\s*[Aa]ll real numbers\s*\}$                                           → \\mathbb{R}
     # commas between thousands, delimiters, fonts, Markdown's bold
     (?<![_^]\d)(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))              →
     \\(?:left|right)\b\.?|\\!\s*|(?<!\\)\\[()\[\]]|(?<!\\)\$                        →
@@ -621,7 +623,7 @@ FORMS = re.findall(RULE, r"""
     \\\$|\bUSD\b                                                                    → \\text{dollar}
     [₠-₿]                                                                           → \\text{\g<0>}
     \\text\{([^{}]*[a-zA-Z]\s*)(?::|\bis)\s*\}\s*                                   → \\text{\1}=
-    (?<=[a-z]{2}):\s*(?=[-\d.(\\])|(?<=[a-zA-Z])\s+is\s+(?=[-\d.(\\])               → =
+    (?<=[a-z]{2})(?<!\bnot|n't):\s*(?=[-\d.(\\])|(?<=[a-zA-Z])\s+is\s+(?=[-\d.(\\])               → =
     (^|=)\s*([-+]?)\s*\\text\{(dollar|pound|euro|yen|[₠-₿])\}(.*)                   → \1\2\4\\text{\3}
     # percent, degrees, areas, volumes
     \\text\{\s*percent\s*\}|\bpercent\b|\\%                                         → %
@@ -637,7 +639,15 @@ FORMS = re.findall(RULE, r"""
     (\\[dtc]?frac)\s*(\\pi(?![a-zA-Z])|\w)                                          → \1{\2}
     (\\[dtc]?frac\s*\{[^{}]*\})\s*(\\pi(?![a-zA-Z])|\w)                             → \1{\2}
     \\[bB]igg?[lr]?(?![a-zA-Z])                                                     →
-    # comparisons, an answer in one pair of brackets, spaces
+    # (x,y)=(1,2), x=1,y=2 and y=2,x=1 are (1,2)
+    ^\(y,[\s~]*x\)[\s~]*=[\s~]*\(([^(),]*),([^(),]*)\)$                             → (\2,\1)
+    ^\((?:[a-z],[\s~]*)+[a-z]\)[\s~]*=[\s~]*(?=\()                                  →
+    ^([ybnqvtk])[\s~]*=([^=,]*),[\s~]*([xampush])[\s~]*=([^=,]*)$                   → (\4,\2)
+    ^([a-zA-Z])[\s~]*=([^=,]*),[\s~]*(?!\1)([a-zA-Z])[\s~]*=([^=,]*)$               → (\2,\4)
+    ^([a-zA-Z])[\s~]*=([^=,]*),[\s~]*(?!\1)([a-zA-Z])[\s~]*=([^=,]*),[\s~]*(?!\1|\3)[a-zA-Z][\s~]*=([^=,]*)$ → (\2,\4,\5)
+    # comparisons, functions, bases, an answer in one pair of brackets, spaces
+    ^[fgh]\([a-z]\)[\s~]*=[\s~]*(?=[^=]*$)                                          →
+    ^\((\d+)\)[\s~]*_                                                               → \1_
     <=                                                                              → \\le~
     >=                                                                              → \\ge~
     ^\s*[{(]([^{}(),]*)[)}]\s*$                                                     → \1
@@ -666,11 +676,14 @@ MEASURED = re.compile(
         % | (?<=\d)_\s*\{?\s*\w+\s*\}? | (?<=\d)['"]+
         | \^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?
         | (?!.*\b(?: hundred|thousand|\w*illion|lakh|crore|dozen|hal[fv]|third|quarter
-                   | (?:four|fif|six|seven|eigh|nin|ten)th | factorial|squared|cubed|plus|minus|negative
+                   | \w*(?:four|fif|six|seven|eigh|nin|ten|leven|twelf|teen|tie)th | [mb]il\b
+                   | factorial|squared|cubed|plus|minus|negative
                    | (?:times|more)(?=\W+\w) | less|over|wrong
                    | (?:is|not|but|or|only|point|score|grand|tens|below|double|triple|twice)\b
-                   | (?:one|two|three|four|five|six|seven|eight|nine|ten)\W*$))
-          (?: (?:(?<=.)\\text\{[a-zA-Z\s./₠-₿-]+\} (?:\s*\^\s*\{?-?\d\}?)? (?:\s*(?:\\cdot|/)\s*(?=\\text))? \s*)+
+                   | (?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen
+                       | (?:twen|thir|for|fif|six|seven|eigh|nine)ty)(?:\W*$|\W+(?:cents|minutes|seconds|inches|ounces)\b)))
+          (?: (?:(?<=.)(?!\\text\{\s*[bijknp-rt-zBMX-Z]\s*\})\\text\{[a-zA-Z\s./₠-₿-]+\}
+                 (?:\s*\^\s*\{?-?\d\}?)? (?:\s*(?:\\cdot|/)\s*(?=\\text))? \s*)+
             | (?<=[\d)}\s])
               (?:[cmkdn]?m(?=\^)|[cmkdn]m|[mk]g|m[ls]|ft|in|yd|mi|lbs?|oz|hrs?|min|sec|mph|am|pm|AM|PM|USD|km/h|m/s)
             | (?<=[\d)}]\s) (?:(?:sq|cu)\.?\s)?(?=\w*[aeiou])[a-zA-Z]{3,}(?:[\s/-](?:a|[a-zA-Z]{2,}))*
@@ -685,14 +698,14 @@ PROSE = re.compile(
     | ^\d+:\d\d\n\d+:\d\d$ | ^[a-zA-Z]\n[a-zA-Z]$ | ^(?:no|[IVX]{2,})$
     | ^\([^()]*\)\n(?:\\\{[^()<>]*|\[[^][,]*,[^][,]*\])$ | ^(?:\\\{[^()<>]*|\[[^][,]*,[^][,]*\])\n\([^()]*\)$
     | ^(?!.*(?:[][()<>]|\\[lg]e)).*,.*\n.*(?:[<>]|\\[lg]e) | ^.*(?:[<>]|\\[lg]e).*\n(?!.*(?:[][()<>]|\\[lg]e)).*,
-    | \\equiv | \\infty\s*\] | \[\s*-\s*\\infty
+    | \\equiv | \\infty\s*\] | \[\s*-\s*\\infty | ^\([^()]*,[^()]*\)\n[^(,]*\\pm
     | ^(?=.*(?<![a-zA-Z\d\\])[a-zA-Z]{3})(?:\\angle|\\triangle|[\w\s.,;:'()&-])+$
     """
 )
 HEAVY = re.compile(
     r"""(?x) [([{](?:[^()[\]{}]*[([{]){5}            # deep
     | (?:(?:\||\\(?:l[ng]|log|exp|arc|sin|cos|tan|cot|sec|csc)).*?){5}
-    | \\(?:sum|prod|i+nt|oint|lim) | (?:\^|\\exp).*\\exp
+    | \\boxed | \\mod(?![a-z]) | \\(?:sum|prod|i+nt|oint|lim) | (?:\^|\\exp).*\\exp
     | !\s*! | [)}\]]\s*! | (?:\^|\d{4}).*(?:(?<!\\)!|binom|choose) | (?:(?<!\\)!|binom|choose).*(?:\^|\d{4})
     | ^(?:$|[<>/]|\\[lg]e\b) | (?:[-+/:<>]|\\(?:cup|cap|cdot|times|pm|[lg]e)\s?)$    # nothing, half of something
     | (?<![_^])(?<![_^]\d)\d\s(?!\d{3}(?!\d))\d     # numbers in a row
@@ -716,7 +729,7 @@ def spelled(text: str) -> str:
 
 def clean(text: str) -> str:
     """An answer in plain LaTeX, without what means nothing; "" where it is longer than 200 characters."""
-    text = spelled(last_box(text) or text)
+    text = spelled(text)
     return rewritten(text, FORMS) if len(text) <= 200 else ""
 
 
