@@ -691,7 +691,7 @@ MEASURED = re.compile(
     )?)"""
 )
 # What is compared as words: text, derivatives, cases, dots, primes, a:b:c, dates, two times, two letters, a pair and what
-# stands in other brackets, a list and an inequality, congruences, intervals that hold infinity, and mere letters.
+# stands in other brackets or has ±, a list and an inequality, congruences, intervals that hold infinity, mere letters.
 PROSE = re.compile(
     r"""(?xam) \\text\{[^{}]*[a-zA-Z]{2} | \\frac\{d | \\begin\{(?!\w*matrix) | \\[bcdl]?dots|\.\.\. | '
     | :.*: | \d/\d+/\d
@@ -1307,9 +1307,9 @@ def find_source(tag: str, base: Path) -> tuple[str, str]:
 
 
 def find_state(out: Path, step: int | None) -> dict:
-    """What the newest optim_<step>.pt that can be read holds, or that of a step where one is given: but once, for
-    torchrun gives it over again after a crash. {} where there is none. Raises UserError where there are some, but not
-    that."""
+    """What the newest optim_<step>.pt that can be read holds, or that of a step where one is given that the run was
+    not given before: torchrun gives it again after a crash. {} where there is none. Raises UserError where there are
+    some, but not that."""
     paths = sorted(out.glob("optim_*.pt"), reverse=True)
     for path in paths:
         try:
